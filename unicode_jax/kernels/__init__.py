@@ -1,0 +1,1 @@
+"""Nearest-code search: one entry point, `nearest_code`, and its backends."""
