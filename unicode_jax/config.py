@@ -1,0 +1,772 @@
+"""Configuration: the tree of defaults, its checks, overrides and JSON form.
+
+Everything that a run depends on is one locked `ConfigDict`. Config files
+(`configs/*.py`), a run's saved `config.json` and `--config.key=value` all pass
+through `apply_overrides`, and every run passes through `validate`, so that a
+mistake costs one line on the terminal and no waiting. It imports no JAX, and
+models never see a `ConfigDict`: stages build frozen dataclasses from it.
+"""
+
+import ast
+from collections.abc import Mapping, Sequence
+import difflib
+import fnmatch
+import functools
+import json
+import math
+import os
+import runpy
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+STAGES = ("pretrain", "tokenizer")
+PARADIGMS = ("frozen", "dual", "language_driven", "projected", "private")
+QUANTIZERS = ("rq", "vq", "hq")
+EMBEDDED_SOURCES = ("openmoji", "easy_vqa")
+
+# Ids that can never be visual codes in a typical vocabulary: 256 byte tokens
+# and a handful of control tokens.
+RESERVED_TOKENS = 265
+
+
+class ConfigError(ValueError):
+  """A config that cannot run; the message names the value and the remedy."""
+
+
+def default_config() -> ConfigDict:
+  """Returns the defaults: stage I on the embedded data, on a CPU.
+
+  Batch sizes are global (all devices of all processes), periods are in
+  optimizer steps, losses are weights of terms that are means over elements.
+
+  Returns:
+    A locked ConfigDict. None marks an optional value that is not set.
+  """
+  config = ConfigDict()
+  # What to train: "pretrain" is stage I (tokenizer and LLM in turns, UniCode
+  # section 3), "tokenizer" a visual tokenizer alone, with a private codebook.
+  config.stage = "pretrain"
+  # Name of the preset that these values came from; "" is the default one.
+  config.preset = ""
+  # Seed of initialisation, data order and dropout.
+  config.seed = 0
+  # Height and width of the images, pixels.
+  config.image_size = 32
+  # Steps of the alternation, tokenizer and LLM together. The decoder-only steps
+  # after it (schedule.finetune_steps) come on top.
+  config.num_steps = 1500
+  # Periods, steps. Each also happens once at the end of the run.
+  config.log_every = 50
+  config.eval_every = 500
+  config.picture_every = 500
+  config.checkpoint_every = 500
+  # Newest checkpoints that stay on disk.
+  config.keep_checkpoints = 2
+  # Platform to insist on ("cpu", "gpu", "tpu"); None takes JAX's choice.
+  config.platform = placeholder(str)
+
+  config.data = data = ConfigDict()
+  # "embedded": pictures that installed packages carry; "folder": your own.
+  data.source = "embedded"
+  # Folder of images of any size and mode, searched recursively.
+  data.path = placeholder(str)
+  # JSONL with one {"image": path inside the folder, "text": caption} a line.
+  data.captions = placeholder(str)
+  # Where decoded images are kept; None is the user's cache folder.
+  data.cache_dir = placeholder(str)
+  # Images per tokenizer step.
+  data.global_batch_size = 64
+  # Embedded sets to mix, and the share of each in a batch (need not sum to 1).
+  data.embedded = EMBEDDED_SOURCES
+  data.weights = (0.5, 0.5)
+  # Share of the images that is never trained on. easy-VQA brings its own split.
+  data.heldout_fraction = 0.1
+  # Augmentation: mirror half of the images; crop a random square of at least
+  # this share of the area (1 crops nothing).
+  data.flip = True
+  data.crop_scale = 1.0
+  # Processes that read data beside the main one.
+  data.num_workers = 0
+
+  config.text = text = ConfigDict()
+  # Any Hugging Face tokenizer folder or tokenizer.json; None trains a BPE of
+  # vocab_size tokens on the embedded text.
+  text.tokenizer_path = placeholder(str)
+  # K: rows of the LLM's table, hence visual codes before masking.
+  text.vocab_size = 2048
+  # Tokens in one packed sequence, and sequences per LLM step.
+  text.sequence_length = 128
+  text.global_batch_size = 8
+  # Share of the documents that is never trained on.
+  text.heldout_fraction = 0.1
+  # Tokens of the vocabulary that open and close an image; never visual codes.
+  text.image_start = "<image>"
+  text.image_end = "</image>"
+
+  config.tokenizer = tokenizer = ConfigDict()
+  # "rq": residual (Lee et al. 2022, RQ-VAE), "vq": one code per position (Esser
+  # et al. 2021, VQ-GAN), "hq": two-level (HQ-VAE), one top and four bottom
+  # codes per 2x2 cell.
+  tokenizer.quantizer = "rq"
+  # D: codes per position.
+  tokenizer.depth = 4
+  # Width of the first grid; its multiple on each further, halved grid.
+  tokenizer.channels = 64
+  tokenizer.channel_multipliers = (1, 2)
+  # Residual blocks on each grid, in the encoder and in the decoder.
+  tokenizer.num_res_blocks = 1
+  # Side of the patch that the first layer folds into channels, pixels
+  # (space-to-depth); 1 folds nothing.
+  tokenizer.stem_patch = 4
+  # Self-attention on the last grid.
+  tokenizer.attention = False
+  # Compute type; parameters are float32.
+  tokenizer.dtype = "float32"
+  # Chance per image that training decodes a random depth d < D.
+  tokenizer.depth_dropout = 0.0
+
+  tokenizer.loss = loss = ConfigDict()
+  # Mean absolute and mean squared error of pixels in [-1, 1].
+  loss.l1 = 1.0
+  loss.l2 = 1.0
+  # Pulls features to codes (beta of van den Oord et al. 2017), codes to
+  # features.
+  loss.commitment = 0.25
+  loss.codebook = 1.0
+  # Distance in features of a fixed network; its weights, None for the
+  # installed packages'.
+  loss.perceptual = 0.0
+  loss.perceptual_weights = placeholder(str)
+  # PatchGAN hinge loss, on after disc_start tokenizer steps; critic width.
+  loss.adversarial = 0.0
+  loss.disc_start = 0
+  loss.disc_channels = 64
+
+  config.codebook = codebook = ConfigDict()
+  # How codebook and LLM table relate: "frozen", "dual" and "language_driven"
+  # are the paper's, "projected" is ours (C = E P at all times), "private" has
+  # no LLM.
+  codebook.paradigm = "language_driven"
+  # Dimension in which codes are selected; llm.embed_dim is the paper's literal
+  # setting.
+  codebook.code_dim = 16
+  # Map P from the LLM's table to code_dim: "pca", "random" or "identity".
+  codebook.projection = "pca"
+  # Rows of unit length, hence selection by cosine.
+  codebook.l2_normalize = True
+  # Language-driven sync, C <- decay C + (1 - decay) V(E), and its period in
+  # tokenizer steps.
+  codebook.sync_decay = 0.9
+  codebook.sync_every = 50
+  # How the tokenizer trains its table: "gradient" or "ema".
+  codebook.update = "gradient"
+  # Decays per tokenizer step, of the EMA statistics and of the depths' gains.
+  codebook.ema_decay = 0.99
+  codebook.gain_decay = 0.99
+  # Redraw a private code that was unused for so many steps; 0 never does.
+  codebook.restart_dead_after = 0
+
+  config.llm = llm = ConfigDict()
+  # Decoder-only transformer of the LLaMA family (Touvron et al. 2023).
+  llm.embed_dim = 192
+  llm.num_layers = 4
+  llm.num_heads = 6
+  # Heads of keys and values (grouped-query attention).
+  llm.num_kv_heads = 2
+  llm.head_dim = 32
+  llm.mlp_dim = 512
+  llm.rope_theta = 10000.0
+  llm.norm_eps = 1e-5
+  # Use the input table as the output head too.
+  llm.tie_embeddings = True
+  # Qwen2's biases, Qwen3's normalisation of queries and keys.
+  llm.qkv_bias = False
+  llm.qk_norm = False
+  # One compiled layer for all (compiles faster) or one each (runs faster).
+  llm.scan_layers = False
+  # What the backward pass keeps: "none" rematerialises nothing.
+  llm.remat_policy = "none"
+  # Compute type; parameters are float32.
+  llm.dtype = "float32"
+
+  config.schedule = schedule = ConfigDict()
+  # One cycle of the alternation, steps of each kind.
+  schedule.tokenizer_steps = 100
+  schedule.llm_steps = 50
+  # Steps of the decoder alone after the last hard sync.
+  schedule.finetune_steps = 100
+
+  config.optimizer = optimizer = ConfigDict()
+  for name, learning_rate, clip_norm in (
+    ("tokenizer", 1e-3, 1.0),
+    ("llm", 1e-3, 1.0),
+    ("discriminator", 1e-4, 1.0),
+  ):
+    optimizer[name] = adamw = ConfigDict()
+    # Peak, per step; linear warm-up, then cosine to this share of the peak.
+    adamw.learning_rate = learning_rate
+    adamw.warmup_steps = 50
+    adamw.final_fraction = 0.1
+    # Decoupled, on matrices only; decays of the moments, per step.
+    adamw.weight_decay = 0.01
+    adamw.b1 = 0.9
+    adamw.b2 = 0.95
+    # Largest global gradient norm.
+    adamw.clip_norm = clip_norm
+
+  config.alarm = alarm = ConfigDict()
+  # Collapse alarm at depth 1: share of valid codes in use, perplexity in codes.
+  alarm.usage_floor = 0.01
+  alarm.perplexity_floor = 8.0
+  # Steps below a floor before it sounds, and whether it ends the run.
+  alarm.patience = 300
+  alarm.stop = False
+
+  config.mesh = mesh = ConfigDict()
+  # Devices along each axis; -1 takes what fsdp leaves over.
+  mesh.data = -1
+  mesh.fsdp = 1
+  return config.lock()
+
+
+_CHOICES = {
+  "stage": STAGES,
+  "platform": (None, "cpu", "gpu", "tpu"),
+  "data.source": ("embedded", "folder"),
+  "tokenizer.quantizer": QUANTIZERS,
+  "tokenizer.dtype": ("float32", "bfloat16"),
+  "codebook.paradigm": PARADIGMS,
+  "codebook.projection": ("pca", "random", "identity"),
+  "codebook.update": ("gradient", "ema"),
+  "llm.remat_policy": ("none", "dots", "full"),
+  "llm.dtype": ("float32", "bfloat16"),
+}
+
+# (lowest, highest, key patterns), both ends allowed, first match counts. Other
+# whole numbers are at least 1, other fractions at least 0.
+_RANGES = (
+  (-1, math.inf, ("mesh.data",)),
+  (
+    0,
+    math.inf,
+    (
+      "seed",
+      "data.num_workers",
+      "tokenizer.loss.disc_start",
+      "codebook.restart_dead_after",
+      "schedule.finetune_steps",
+      "optimizer.*.warmup_steps",
+    ),
+  ),
+  (
+    0,
+    1,
+    (
+      "tokenizer.depth_dropout",
+      "codebook.*_decay",
+      "optimizer.*.final_fraction",
+      "alarm.usage_floor",
+    ),
+  ),
+  (0, 0.99999, ("optimizer.*.b?",)),
+  (1e-12, math.inf, ("llm.rope_theta", "llm.norm_eps", "*.clip_norm")),
+  (0.01, 0.9, ("*.heldout_fraction",)),
+  (0.01, 1, ("data.crop_scale",)),
+)
+
+# What an out-of-range value of these probably meant.
+_HINTS = {
+  "codebook.sync_every": "; never to sync, set codebook.paradigm='frozen'",
+  "schedule.llm_steps": "; to train the tokenizer alone, use "
+  "--config=configs/tokenizer.py",
+}
+
+# Combinations that cannot run: (whether `c` is broken, message). Messages are
+# formatted with c (the config), grid, downsampling and codes.
+_IMPOSSIBLE = (
+  (
+    lambda c: c.image_size % downsampling(c),
+    "image_size={c.image_size} is not a multiple of the tokenizer's "
+    "downsampling {downsampling} (tokenizer.stem_patch="
+    "{c.tokenizer.stem_patch} times 2 for each but the first of "
+    "tokenizer.channel_multipliers={c.tokenizer.channel_multipliers}): set "
+    "image_size to a multiple of {downsampling} or change the downsampling",
+  ),
+  (
+    lambda c: (
+      c.tokenizer.quantizer == "hq" and (c.image_size // downsampling(c)) % 2
+    ),
+    "tokenizer.quantizer='hq' needs an even grid for its 2x2 cells, but "
+    "image_size={c.image_size} over downsampling {downsampling} gives "
+    "{grid}x{grid}: set image_size to a multiple of {twice}",
+  ),
+  (
+    lambda c: c.tokenizer.quantizer == "vq" and c.tokenizer.depth != 1,
+    "tokenizer.depth={c.tokenizer.depth} with tokenizer.quantizer='vq', which "
+    "has one code per position: set tokenizer.depth=1 or "
+    "tokenizer.quantizer='rq'",
+  ),
+  (
+    lambda c: c.tokenizer.quantizer == "hq" and c.tokenizer.depth != 5,
+    "tokenizer.depth={c.tokenizer.depth} with tokenizer.quantizer='hq', whose "
+    "cells have one top and four bottom codes: set tokenizer.depth=5",
+  ),
+  (
+    lambda c: c.tokenizer.loss.l1 + c.tokenizer.loss.l2 == 0,
+    "tokenizer.loss.l1=0 and tokenizer.loss.l2=0 leave nothing to reconstruct: "
+    "set one of them above 0",
+  ),
+  (
+    lambda c: (c.codebook.paradigm == "private") != (c.stage == "tokenizer"),
+    "codebook.paradigm={c.codebook.paradigm!r} with stage={c.stage!r}: a "
+    "private codebook belongs to stage 'tokenizer' and no other; use "
+    "--config=configs/tokenizer.py for it, and codebook.paradigm="
+    "'language_driven' (or frozen, dual, projected) in stage I",
+  ),
+  (
+    lambda c: (
+      c.codebook.restart_dead_after > 0 and c.codebook.paradigm != "private"
+    ),
+    "codebook.restart_dead_after={c.codebook.restart_dead_after} would "
+    "overwrite rows that the LLM owns: set it to 0, or use "
+    "codebook.paradigm='private'",
+  ),
+  (
+    lambda c: (
+      c.codebook.update == "ema"
+      and c.codebook.paradigm in ("frozen", "projected")
+    ),
+    "codebook.update='ema' with codebook.paradigm={c.codebook.paradigm!r}, "
+    "which trains no table of its own: set codebook.update='gradient'",
+  ),
+  (
+    lambda c: c.stage != "tokenizer" and c.codebook.code_dim > c.llm.embed_dim,
+    "codebook.code_dim={c.codebook.code_dim} is larger than llm.embed_dim="
+    "{c.llm.embed_dim}, from which codes are projected: set codebook.code_dim "
+    "to at most {c.llm.embed_dim} (16 to 32 works best)",
+  ),
+  (
+    lambda c: (
+      c.stage != "tokenizer"
+      and c.codebook.projection == "identity"
+      and c.codebook.code_dim != c.llm.embed_dim
+    ),
+    "codebook.projection='identity' with codebook.code_dim="
+    "{c.codebook.code_dim} and llm.embed_dim={c.llm.embed_dim}: set "
+    "codebook.code_dim={c.llm.embed_dim} or codebook.projection='pca'",
+  ),
+  (
+    lambda c: codes(c) <= c.codebook.code_dim,
+    "text.vocab_size={c.text.vocab_size} leaves {codes} ids for images, after "
+    "about {reserved} control and byte tokens; codebook.code_dim="
+    "{c.codebook.code_dim} needs more codes than dimensions: set "
+    "text.vocab_size to at least {smallest_vocab}",
+  ),
+  (
+    lambda c: c.text.image_start == c.text.image_end,
+    "text.image_start and text.image_end are both {c.text.image_start!r}: name "
+    "two different tokens of the vocabulary",
+  ),
+  (
+    lambda c: c.llm.num_heads % c.llm.num_kv_heads,
+    "llm.num_heads={c.llm.num_heads} is not a multiple of llm.num_kv_heads="
+    "{c.llm.num_kv_heads}: each key/value head serves equally many query heads",
+  ),
+  (
+    lambda c: c.llm.head_dim % 2,
+    "llm.head_dim={c.llm.head_dim} is odd, but rotary embeddings turn pairs: "
+    "set an even llm.head_dim",
+  ),
+  (
+    lambda c: c.alarm.perplexity_floor > c.text.vocab_size,
+    "alarm.perplexity_floor={c.alarm.perplexity_floor} is above the number of "
+    "codes, text.vocab_size={c.text.vocab_size}: the alarm would never be "
+    "quiet; lower it",
+  ),
+  (
+    lambda c: c.mesh.data == 0,
+    "mesh.data=0: set the number of devices along it, or -1 for all that "
+    "mesh.fsdp leaves over",
+  ),
+  (
+    lambda c: c.data.source == "folder" and c.data.path is None,
+    "data.source='folder' needs the folder: set data.path=DIR",
+  ),
+  (
+    lambda c: (
+      c.data.source != "folder" and (c.data.path or c.data.captions) is not None
+    ),
+    "data.path={c.data.path!r}, data.captions={c.data.captions!r} are not read "
+    "with data.source={c.data.source!r}: set data.source='folder'",
+  ),
+  (
+    lambda c: not c.data.embedded or set(c.data.embedded) - {*EMBEDDED_SOURCES},
+    "data.embedded={c.data.embedded} must name one or more of "
+    f"{EMBEDDED_SOURCES}",
+  ),
+  (
+    lambda c: (
+      len(c.data.weights) != len(c.data.embedded)
+      or min(c.data.weights) < 0
+      or sum(c.data.weights) <= 0
+    ),
+    "data.weights={c.data.weights} must hold one share, 0 or more and not all "
+    "0, for each of data.embedded={c.data.embedded}",
+  ),
+)
+
+# Paths that must exist when set, and what must be there.
+_PATHS = (
+  ("data.path", os.path.isdir, "a folder"),
+  ("data.captions", os.path.isfile, "a file"),
+  ("text.tokenizer_path", os.path.exists, "a file or folder"),
+  ("tokenizer.loss.perceptual_weights", os.path.exists, "a file or folder"),
+)
+
+
+def downsampling(config: ConfigDict) -> int:
+  """Returns the pixels per side of one position of the tokenizer's grid."""
+  tokenizer = config.tokenizer
+  return tokenizer.stem_patch * 2 ** (len(tokenizer.channel_multipliers) - 1)
+
+
+def codes(config: ConfigDict) -> int:
+  """Returns about how many ids may be visual codes."""
+  reserved = 0 if config.codebook.paradigm == "private" else RESERVED_TOKENS
+  return config.text.vocab_size - reserved
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+  """Checks everything that can be checked without a device.
+
+  Args:
+    config: A config, from `default_config` or a user's own file.
+
+  Returns:
+    The same config.
+
+  Raises:
+    ConfigError: If a key is unknown or missing, or a value is of the wrong
+      type, outside its range or set, or impossible beside another.
+  """
+  values = _flatten(config)
+  for key, value in values.items():
+    _check_type(key, value)
+  for key in _schema():
+    if key not in values:
+      raise ConfigError(
+        f"{key} is missing: start from unicode_jax.config.default_config()"
+      )
+  for key, choices in _CHOICES.items():
+    if values[key] not in choices:
+      raise ConfigError(
+        f"{key}={values[key]!r} must be one of "
+        + ", ".join(repr(choice) for choice in choices)
+      )
+  for key, value in values.items():
+    _check_range(key, value)
+  scale = downsampling(config)
+  for broken, message in _IMPOSSIBLE:
+    if broken(config):
+      raise ConfigError(
+        message.format(
+          c=config,
+          downsampling=scale,
+          twice=2 * scale,
+          grid=config.image_size // scale,
+          codes=codes(config),
+          reserved=RESERVED_TOKENS,
+          smallest_vocab=1
+          + config.codebook.code_dim
+          + config.text.vocab_size
+          - codes(config),
+        )
+      )
+  for key, exists, what in _PATHS:
+    if values[key] is not None and not exists(values[key]):
+      raise ConfigError(
+        f"{key}={values[key]!r} is not {what}: correct the path"
+      )
+  return config
+
+
+def check_devices(config: ConfigDict, num_devices: int) -> None:
+  """Checks batches and mesh against the devices there are.
+
+  Args:
+    config: A validated config.
+    num_devices: Devices of all processes together.
+
+  Raises:
+    ConfigError: If a batch or the mesh does not split over the devices.
+  """
+  data, fsdp = config.mesh.data, config.mesh.fsdp
+  if num_devices % fsdp or data not in (-1, num_devices // fsdp):
+    raise ConfigError(
+      f"mesh.data={data} x mesh.fsdp={fsdp} does not cover the {num_devices} "
+      "devices: set mesh.data=-1 and a mesh.fsdp that divides their number"
+    )
+  for name in ("data", "text"):
+    batch = config[name].global_batch_size
+    if batch % num_devices:
+      raise ConfigError(
+        f"{name}.global_batch_size={batch} does not split over {num_devices} "
+        f"devices: set it to a multiple, such as "
+        f"{num_devices * math.ceil(batch / num_devices)}"
+      )
+
+
+def apply_overrides(
+  config: ConfigDict, overrides: Mapping[str, Any]
+) -> ConfigDict:
+  """Sets dotted keys, checking names and types.
+
+  Args:
+    config: The config to start from; it is not changed.
+    overrides: Values by dotted key. Text is read as the key's type, as from a
+      command line: `3e-4`, `true`, `1,2,4`, `none` where None is allowed.
+
+  Returns:
+    A new, locked config; not yet validated.
+
+  Raises:
+    ConfigError: If a key is unknown, naming the nearest ones, or a value has
+      the wrong type.
+  """
+  config = config.copy_and_resolve_references()
+  for key, value in overrides.items():
+    _check_key(key)
+    if isinstance(value, str):
+      value = _read(key, value)
+    value = _check_type(key, value)
+    section, _, leaf = key.rpartition(".")
+    holder = functools.reduce(getattr, filter(None, section.split(".")), config)
+    with holder.unlocked():
+      holder[leaf] = value
+  return config.lock()
+
+
+def split_overrides(
+  arguments: Sequence[str], flag: str = "config"
+) -> tuple[list[str], dict[str, str]]:
+  """Takes `--config.key=value` (or `--config.key value`) off a command line.
+
+  Args:
+    arguments: A command line.
+    flag: Name of the flag that holds the config.
+
+  Returns:
+    The other arguments, and the overrides as text by dotted key; the last of
+    several for one key counts.
+
+  Raises:
+    ConfigError: If an override has no value.
+  """
+  rest, overrides = [], {}
+  remaining = iter(arguments)
+  for argument in remaining:
+    name, equals, value = argument.partition("=")
+    if not name.startswith((f"--{flag}.", f"-{flag}.")):
+      rest.append(argument)
+      continue
+    key = name.lstrip("-").removeprefix(f"{flag}.")
+    if not equals:
+      value = next(remaining, "--")
+      if value.startswith("--"):
+        raise ConfigError(f"{name} has no value: write {name}=VALUE")
+    overrides[key] = value
+  return rest, overrides
+
+
+def to_json(config: ConfigDict) -> str:
+  """Returns the resolved config as JSON text that `load` reads back."""
+  return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: str | os.PathLike[str]) -> ConfigDict:
+  """Reads a config that `to_json` wrote.
+
+  Args:
+    path: JSON file. Keys that it lacks keep their defaults.
+
+  Returns:
+    A locked config, equal to the one written.
+
+  Raises:
+    ConfigError: If the file holds no JSON object, or a key or type is wrong.
+  """
+  with open(path, encoding="utf-8") as file:
+    try:
+      tree = json.load(file)
+    except ValueError as error:
+      raise ConfigError(f"{path} is not JSON: {error}") from None
+  if not isinstance(tree, dict):
+    raise ConfigError(
+      f"{path} holds {type(tree).__name__}, not a config object"
+    )
+  values = _flatten(tree)
+  for key, value in values.items():
+    _check_type(key, value)  # Text in JSON is text, not something to read.
+  return apply_overrides(default_config(), values)
+
+
+def load(spec: str) -> ConfigDict:
+  """Loads `FILE.py`, `FILE.py:PRESET` or a run's `config.json`.
+
+  Args:
+    spec: Value of the flag --config.
+
+  Returns:
+    A locked config, not yet validated.
+
+  Raises:
+    ConfigError: If there is no such file or preset.
+  """
+  path, _, preset = spec.partition(":") if ".py:" in spec else (spec, "", "")
+  if not os.path.isfile(path):
+    raise ConfigError(
+      f"--config={spec}: there is no file {path!r}; name configs/pretrain.py, "
+      "configs/tokenizer.py or a run's config.json"
+    )
+  if path.endswith(".json"):
+    return from_json(path)
+  return runpy.run_path(path)["get_config"](preset)
+
+
+def from_presets(
+  presets: Mapping[str, Mapping[str, Any]], name: str
+) -> ConfigDict:
+  """Builds the config of one preset.
+
+  Args:
+    presets: Overrides of the defaults by preset name.
+    name: The preset.
+
+  Returns:
+    A locked config.
+
+  Raises:
+    ConfigError: If there is no such preset.
+  """
+  if name not in presets:
+    raise ConfigError(
+      f"there is no preset {name!r}: choose one of "
+      + ", ".join(repr(preset) for preset in presets)
+    )
+  return apply_overrides(default_config(), {"preset": name, **presets[name]})
+
+
+def _flatten(tree: ConfigDict | dict[str, Any], prefix: str = "") -> dict:
+  """Returns the leaves by dotted key."""
+  leaves = {}
+  for key, value in tree.items():
+    if isinstance(value, ConfigDict | dict):
+      leaves |= _flatten(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
+@functools.cache
+def _schema() -> dict[str, tuple[type, Any]]:
+  """Returns the type and default of every dotted key."""
+  config = default_config()
+  schema = {}
+  for key, default in _flatten(config).items():
+    section, _, leaf = key.rpartition(".")
+    holder = functools.reduce(getattr, filter(None, section.split(".")), config)
+    schema[key] = holder.get_type(leaf), default
+  return schema
+
+
+def _check_key(key: str) -> None:
+  """Raises ConfigError, naming the nearest keys, unless `key` exists."""
+  keys = list(_schema())
+  if key in keys:
+    return
+  if inside := [name for name in keys if name.startswith(f"{key}.")]:
+    raise ConfigError(
+      f"{key} is a section of the config: set one of " + ", ".join(inside)
+    )
+  leaf = key.rpartition(".")[2]
+  nearest = [name for name in keys if name.rpartition(".")[2] == leaf]
+  nearest += difflib.get_close_matches(key, keys, n=3)
+  nearest = list(dict.fromkeys(nearest))[:3]
+  raise ConfigError(
+    f"there is no config key {key!r}"
+    + (
+      f": did you mean {' or '.join(nearest)}?"
+      if nearest
+      else ", nor one like it; unicode_jax/config.py describes them all"
+    )
+  )
+
+
+def _read(key: str, text: str) -> Any:
+  """Reads command-line text as the type of `key`, as far as it goes."""
+  kind, default = _schema()[key]
+  if default is None and text.lower() == "none":
+    return None
+  if kind is str:
+    return text
+  if kind is bool:
+    return {"true": True, "false": False}.get(text.lower(), text)
+  try:
+    value = ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    value = tuple(text.split(",")) if kind is tuple else text
+  return (value,) if kind is tuple and not isinstance(value, tuple) else value
+
+
+def _check_type(key: str, value: Any) -> Any:
+  """Returns `value` in the type of `key`, or raises ConfigError."""
+  _check_key(key)
+  kind, default = _schema()[key]
+  if value is None and default is None:
+    return None
+  if kind is tuple and isinstance(value, tuple | list) and value:
+    element = type(default[0])
+    items = tuple(_convert(item, element) for item in value)
+    if None not in items:
+      return items
+  elif (converted := _convert(value, kind)) is not None:
+    return converted
+  wanted = {
+    int: "a whole number such as 100",
+    float: "a finite number such as 0.1",
+    bool: "True or False",
+    str: "text",
+    tuple: f"a list like {','.join(map(str, default or ()))}",
+  }[kind]
+  raise ConfigError(
+    f"{key}={value!r} is {type(value).__name__}, but must be {wanted}"
+  )
+
+
+def _convert(value: Any, kind: type) -> Any:
+  """Returns `value` as `kind`, or None where that would lose its meaning."""
+  if kind is float and type(value) in (int, float) and math.isfinite(value):
+    return float(value)
+  return value if type(value) is kind else None
+
+
+def _check_range(key: str, value: Any) -> None:
+  """Raises ConfigError unless every number in `value` is in the key's range."""
+  for number in value if isinstance(value, tuple) else (value,):
+    if type(number) not in (int, float):
+      continue
+    low, high = next(
+      (
+        (low, high)
+        for low, high, patterns in _RANGES
+        if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+      ),
+      (1 if isinstance(number, int) else 0, math.inf),
+    )
+    if not low <= number <= high:
+      bounds = (
+        f"at least {low}" if high == math.inf else f"between {low} and {high}"
+      )
+      raise ConfigError(f"{key}={value} must be {bounds}{_HINTS.get(key, '')}")

@@ -1,0 +1,75 @@
+r"""Trains a stage of UniCode.
+
+The embedded data, on a CPU, from nothing to a report:
+  python -m unicode_jax.main --config=configs/pretrain.py
+
+A preset, with values of your own (unicode_jax/config.py describes each key):
+  python -m unicode_jax.main --config=configs/pretrain.py:debug \
+    --config.codebook.paradigm=projected --workdir=runs/mine
+
+The exact config of an earlier run:
+  python -m unicode_jax.main --config=runs/mine/config.json --workdir=runs/again
+
+The same command again goes on where the run stopped.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
+import importlib
+import os
+import sys
+
+from absl import app, flags
+
+from unicode_jax import config as config_lib
+
+_CONFIG = flags.DEFINE_string(
+  "config",
+  None,
+  "FILE.py, FILE.py:PRESET (presets: debug, smollm2, paper) or a run's "
+  "config.json; --config.KEY=VALUE sets one key.",
+  required=True,
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; by default runs/STAGE-PRESET."
+)
+
+
+def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
+  """Checks the config, then runs its stage.
+
+  Args:
+    argv: What is left of the command line after flags: the program's name.
+    overrides: Values of --config.KEY=VALUE.
+
+  Returns:
+    The exit status.
+
+  Raises:
+    ConfigError: If the config cannot run.
+  """
+  if len(argv) > 1:
+    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
+  config = config_lib.apply_overrides(config_lib.load(_CONFIG.value), overrides)
+  config_lib.validate(config)
+  workdir = _WORKDIR.value or os.path.join(
+    "runs", f"{config.stage}-{config.preset or 'default'}"
+  )
+  # JAX takes seconds to import, so only a config that can run gets to it.
+  stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
+  stage.run(config, workdir)
+  return 0
+
+
+def run() -> None:
+  """Runs the command; a config's error is one line and exit status 2."""
+  try:
+    argv, overrides = config_lib.split_overrides(sys.argv)
+    app.run(functools.partial(main, overrides=overrides), argv=argv)
+  except config_lib.ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  run()
