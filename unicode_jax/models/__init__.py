@@ -1,0 +1,1 @@
+"""The visual tokenizer, the language model and what joins them."""

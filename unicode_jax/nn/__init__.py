@@ -1,0 +1,1 @@
+"""Layers shared by the visual tokenizer and the language model."""

@@ -1,0 +1,1 @@
+"""Losses, optimizers, state, checkpoints, metrics and the loop."""
