@@ -105,6 +105,7 @@ PRESETS = {
     "llm.head_dim": 128,
     "llm.mlp_dim": 11008,
     "llm.tie_embeddings": False,
+    "llm.attention_block": 512,
     "llm.scan_layers": True,
     "llm.remat_policy": "full",
     "llm.dtype": "bfloat16",

@@ -26,9 +26,9 @@ PARADIGMS = ("frozen", "dual", "language_driven", "projected", "private")
 QUANTIZERS = ("rq", "vq", "hq")
 EMBEDDED_SOURCES = ("openmoji", "easy_vqa")
 
-# Ids that can never be visual codes in a typical vocabulary: 256 byte tokens
-# and a handful of control tokens.
-RESERVED_TOKENS = 265
+# Ids that can never be visual codes: 256 byte tokens and the control tokens of
+# the BPE that we train (padding, begin, end, image start, image end).
+RESERVED_TOKENS = 261
 
 
 class ConfigError(ValueError):
@@ -161,7 +161,7 @@ def default_config() -> ConfigDict:
   codebook.sync_decay = 0.9
   codebook.sync_every = 50
   # How the tokenizer trains its table: "gradient" or "ema".
-  codebook.update = "gradient"
+  codebook.update_rule = "gradient"
   # Decays per tokenizer step, of the EMA statistics and of the depths' gains.
   codebook.ema_decay = 0.99
   codebook.gain_decay = 0.99
@@ -186,7 +186,13 @@ def default_config() -> ConfigDict:
   llm.qk_norm = False
   # One compiled layer for all (compiles faster) or one each (runs faster).
   llm.scan_layers = False
-  # What the backward pass keeps: "none" rematerialises nothing.
+  # Positions that a token sees (Mistral); None for all before it.
+  llm.sliding_window = placeholder(int)
+  # Queries that attention takes at a time, which saves memory and, on a CPU,
+  # the masked half of the work; None takes all at once.
+  llm.attention_block = placeholder(int)
+  # What the backward pass keeps of each layer: "none" recomputes nothing,
+  # "full" everything, "dots" all but matrix products.
   llm.remat_policy = "none"
   # Compute type; parameters are float32.
   llm.dtype = "float32"
@@ -239,8 +245,8 @@ _CHOICES = {
   "tokenizer.dtype": ("float32", "bfloat16"),
   "codebook.paradigm": PARADIGMS,
   "codebook.projection": ("pca", "random", "identity"),
-  "codebook.update": ("gradient", "ema"),
-  "llm.remat_policy": ("none", "dots", "full"),
+  "codebook.update_rule": ("gradient", "ema"),
+  "llm.remat_policy": ("none", "dots", "dots_no_batch", "full"),
   "llm.dtype": ("float32", "bfloat16"),
 }
 
@@ -335,11 +341,11 @@ _IMPOSSIBLE = (
   ),
   (
     lambda c: (
-      c.codebook.update == "ema"
+      c.codebook.update_rule == "ema"
       and c.codebook.paradigm in ("frozen", "projected")
     ),
-    "codebook.update='ema' with codebook.paradigm={c.codebook.paradigm!r}, "
-    "which trains no table of its own: set codebook.update='gradient'",
+    "codebook.update_rule='ema' with codebook.paradigm={c.codebook.paradigm!r}, "
+    "which trains no table of its own: set codebook.update_rule='gradient'",
   ),
   (
     lambda c: c.stage != "tokenizer" and c.codebook.code_dim > c.llm.embed_dim,
@@ -417,6 +423,14 @@ _IMPOSSIBLE = (
   ),
 )
 
+# What a value must be, by the type of its key.
+_WANTED = {
+  int: "a whole number such as 100",
+  float: "a finite number such as 0.1",
+  bool: "True or False",
+  str: "text",
+}
+
 # Paths that must exist when set, and what must be there.
 _PATHS = (
   ("data.path", os.path.isdir, "a folder"),
@@ -451,7 +465,7 @@ def validate(config: ConfigDict) -> ConfigDict:
     ConfigError: If a key is unknown or missing, or a value is of the wrong
       type, outside its range or set, or impossible beside another.
   """
-  values = _flatten(config)
+  values = flatten(config)
   for key, value in values.items():
     _check_type(key, value)
   for key in _schema():
@@ -580,6 +594,19 @@ def split_overrides(
   return rest, overrides
 
 
+def flatten(
+  tree: ConfigDict | dict[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+  """Returns the leaves of a config by dotted key, each with `prefix`."""
+  leaves = {}
+  for key, value in tree.items():
+    if isinstance(value, ConfigDict | dict):
+      leaves |= flatten(value, f"{prefix}{key}.")
+    else:
+      leaves[prefix + key] = value
+  return leaves
+
+
 def to_json(config: ConfigDict) -> str:
   """Returns the resolved config as JSON text that `load` reads back."""
   return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -606,7 +633,7 @@ def from_json(path: str | os.PathLike[str]) -> ConfigDict:
     raise ConfigError(
       f"{path} holds {type(tree).__name__}, not a config object"
     )
-  values = _flatten(tree)
+  values = flatten(tree)
   for key, value in values.items():
     _check_type(key, value)  # Text in JSON is text, not something to read.
   return apply_overrides(default_config(), values)
@@ -658,23 +685,12 @@ def from_presets(
   return apply_overrides(default_config(), {"preset": name, **presets[name]})
 
 
-def _flatten(tree: ConfigDict | dict[str, Any], prefix: str = "") -> dict:
-  """Returns the leaves by dotted key."""
-  leaves = {}
-  for key, value in tree.items():
-    if isinstance(value, ConfigDict | dict):
-      leaves |= _flatten(value, f"{prefix}{key}.")
-    else:
-      leaves[prefix + key] = value
-  return leaves
-
-
 @functools.cache
 def _schema() -> dict[str, tuple[type, Any]]:
   """Returns the type and default of every dotted key."""
   config = default_config()
   schema = {}
-  for key, default in _flatten(config).items():
+  for key, default in flatten(config).items():
     section, _, leaf = key.rpartition(".")
     holder = functools.reduce(getattr, filter(None, section.split(".")), config)
     schema[key] = holder.get_type(leaf), default
@@ -733,13 +749,7 @@ def _check_type(key: str, value: Any) -> Any:
       return items
   elif (converted := _convert(value, kind)) is not None:
     return converted
-  wanted = {
-    int: "a whole number such as 100",
-    float: "a finite number such as 0.1",
-    bool: "True or False",
-    str: "text",
-    tuple: f"a list like {','.join(map(str, default or ()))}",
-  }[kind]
+  wanted = _WANTED.get(kind) or "a list like " + ",".join(map(str, default))
   raise ConfigError(
     f"{key}={value!r} is {type(value).__name__}, but must be {wanted}"
   )
@@ -747,8 +757,8 @@ def _check_type(key: str, value: Any) -> Any:
 
 def _convert(value: Any, kind: type) -> Any:
   """Returns `value` as `kind`, or None where that would lose its meaning."""
-  if kind is float and type(value) in (int, float) and math.isfinite(value):
-    return float(value)
+  if kind is float and type(value) in (int, float):
+    return float(value) if math.isfinite(value) else None
   return value if type(value) is kind else None
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 import functools
 import importlib
 import os
+import pathlib
 import sys
 
 from absl import app, flags
@@ -52,9 +53,11 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
     raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
   config = config_lib.apply_overrides(config_lib.load(_CONFIG.value), overrides)
   config_lib.validate(config)
-  workdir = _WORKDIR.value or os.path.join(
-    "runs", f"{config.stage}-{config.preset or 'default'}"
+  workdir = pathlib.Path(
+    _WORKDIR.value or f"runs/{config.stage}-{config.preset or 'default'}"
   )
+  if config.platform:
+    os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.
   stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
   stage.run(config, workdir)
