@@ -1,0 +1,165 @@
+"""A folder of decoded images: written once, memory-mapped ever after.
+
+Decoding PNGs and rendering SVGs costs more than training on them does, so each
+source is turned once into `images.npy` (uint8[N, S, S, 3]) beside `meta.json`
+in a folder whose name hashes everything that decides the pixels. A changed
+source therefore gets a new folder and never a stale one (the concern of hazard
+H12, for pixels). Folders appear by rename, so a killed or racing process can
+never leave one half-written. Nothing here knows what the images are.
+"""
+
+from collections.abc import Callable, Sequence
+import concurrent.futures
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+import tempfile
+from typing import Any, NamedTuple
+
+import numpy as np
+
+_FORMAT = 1  # Raise it when the decoding of images changes.
+_CHUNK = 256  # Images held in memory while the cache is being written.
+
+
+class CachedImages(NamedTuple):
+  """Where the decoded images lie, and what is known about each.
+
+  Attributes:
+    path: the .npy file, uint8[N, S, S, 3].
+    items: one dictionary per readable image: the caller's own fields, `row`
+      (its index in the array) and `digest` (hash of its pixels).
+    broken: (name, reason) of each image that could not be read.
+  """
+
+  path: Path
+  items: list[dict[str, Any]]
+  broken: list[tuple[str, str]]
+
+
+def default_cache_dir() -> Path:
+  """Returns $UNICODE_JAX_CACHE, or ~/.cache/unicode_jax where that is unset."""
+  configured = os.environ.get("UNICODE_JAX_CACHE")
+  return Path(configured or "~/.cache/unicode_jax").expanduser()
+
+
+def cached_images(
+  source: str,
+  contents: Sequence[dict[str, Any]],
+  decode: Callable[[dict[str, Any]], np.ndarray],
+  image_size: int,
+  *,
+  version: str = "",
+  cache_dir: str | os.PathLike[str] | None = None,
+  max_broken: int = 0,
+) -> CachedImages:
+  """Returns the decoded images of a source, decoding them the first time.
+
+  Args:
+    source: short name of the source, the start of the folder's name.
+    contents: one JSON-able dictionary per image, with at least `name`. All of
+      it is hashed into the key: put sizes and mtimes in where files can change.
+    decode: turns one of them into uint8[S, S, 3]; an `OSError`, `ValueError`
+      or `SyntaxError` from it (what decoders raise) marks the image as broken.
+      Runs in threads.
+    image_size: S, pixels.
+    version: versions of the packages that decide the pixels.
+    cache_dir: parent of the cache folders; None for `default_cache_dir()`.
+    max_broken: how many broken images to skip before giving up.
+
+  Raises:
+    ValueError: more than `max_broken` images are broken, or none is readable.
+  """
+  root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+  key = json.dumps([_FORMAT, source, version, image_size, list(contents)])
+  digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+  folder = root / f"{source}-{image_size}-{digest}"
+  if not folder.is_dir():
+    _write(folder, contents, decode, image_size, max_broken)
+  meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+  broken = [tuple(entry) for entry in meta["broken"]]
+  if broken:
+    shown = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
+    logging.warning(
+      "%s: skipped %d of %d images that could not be read: %s%s",
+      source,
+      len(broken),
+      len(contents),
+      shown,
+      "; ..." if len(broken) > 10 else "",
+    )
+  return CachedImages(folder / "images.npy", meta["items"], broken)
+
+
+def _write(
+  folder: Path,
+  contents: Sequence[dict[str, Any]],
+  decode: Callable[[dict[str, Any]], np.ndarray],
+  image_size: int,
+  max_broken: int,
+) -> None:
+  """Decodes into a temporary folder, then renames it to `folder`."""
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = tempfile.TemporaryDirectory(
+      prefix=f"{folder.name}.tmp-",
+      dir=folder.parent,
+      ignore_cleanup_errors=True,
+    )
+  except OSError as error:
+    raise OSError(
+      f"cannot write the image cache in {folder.parent} ({error}); set "
+      "config.data.cache_dir or $UNICODE_JAX_CACHE to a writable folder"
+    ) from error
+  logging.info("decoding %d images into %s", len(contents), folder)
+  items, broken = [], []
+
+  def attempt(content):
+    try:
+      return decode(content)
+    # Pillow raises SyntaxError for some broken PNGs.
+    except (OSError, ValueError, SyntaxError) as error:
+      return f"{type(error).__name__}: {error}"
+
+  with temporary as name:
+    building = Path(name) / folder.name
+    building.mkdir()
+    shape = (len(contents), image_size, image_size, 3)
+    array = np.lib.format.open_memmap(
+      building / "images.npy", mode="w+", dtype=np.uint8, shape=shape
+    )
+    workers = min(32, os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(workers) as executor:
+      for start in range(0, len(contents), _CHUNK):
+        chunk = contents[start : start + _CHUNK]
+        results = executor.map(attempt, chunk)
+        for row, (content, image) in enumerate(zip(chunk, results), start):
+          if isinstance(image, str):
+            broken.append((content["name"], image))
+            continue
+          array[row] = image
+          pixels = hashlib.sha256(image.tobytes()).hexdigest()[:32]
+          items.append({**content, "row": row, "digest": pixels})
+        if len(broken) > max_broken:
+          shown = "\n  ".join(f"{n}: {reason}" for n, reason in broken[:10])
+          raise ValueError(
+            f"{len(broken)} of the first {start + len(chunk)} images cannot "
+            f"be read, more than the {max_broken} that are skipped; remove "
+            f"or repair them:\n  {shown}"
+          )
+    if not items:
+      raise ValueError(
+        f"none of the {len(contents)} images could be read: "
+        f"{broken[0][0]}: {broken[0][1]}"
+      )
+    array.flush()
+    meta = json.dumps({"items": items, "broken": broken})
+    (building / "meta.json").write_text(meta, encoding="utf-8")
+    try:
+      building.rename(folder)
+    except OSError:
+      if not folder.is_dir():
+        raise
+      # Another process was faster; what it wrote is the same.

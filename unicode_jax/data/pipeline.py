@@ -1,0 +1,305 @@
+"""Grain pipelines: endless image and text batches, and fixed held-out batches.
+
+Every pipeline is an addressable `grain.MapDataset` up to its batches, so the
+global order is a function of the seed alone: process p of P reads rows
+p*b..(p+1)*b of each global batch (b = global_batch_size / P), whatever P is,
+and the state of an iterator is the number of batches that it has given out.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import logging
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from unicode_jax.data import sequences
+from unicode_jax.data import sources as sources_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomFlip(grain.transforms.RandomMap):
+  """Mirrors an image left to right half of the time."""
+
+  def random_map(
+    self, element: dict[str, Any], rng: np.random.Generator
+  ) -> dict[str, Any]:
+    """Returns the element with its image, uint8[S, S, 3], mirrored or not."""
+    if rng.random() < 0.5:
+      return element
+    return {**element, "image": element["image"][:, ::-1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomResizedCrop(grain.transforms.RandomMap):
+  """Cuts a random square and resizes it to the image's own size.
+
+  Attributes:
+    crop_scale: smallest area of the square as a share of the image's, in
+      (0, 1]; the share is drawn uniformly from [crop_scale, 1].
+  """
+
+  crop_scale: float
+
+  def random_map(
+    self, element: dict[str, Any], rng: np.random.Generator
+  ) -> dict[str, Any]:
+    """Returns the element with its image, uint8[S, S, 3], cropped."""
+    image = element["image"]
+    size = image.shape[0]
+    side = size * np.sqrt(rng.uniform(self.crop_scale, 1.0))
+    left, top = rng.uniform(0.0, size - side, size=2)
+    cropped = Image.fromarray(np.ascontiguousarray(image)).resize(
+      (size, size),
+      Image.Resampling.BICUBIC,
+      box=(left, top, left + side, top + side),
+    )
+    return {**element, "image": np.asarray(cropped)}
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+  """Maps pixels from uint8 0..255 to float32 [-1, 1], in any shape."""
+  return np.asarray(images, np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def image_iterator(
+  sources: Sequence[sources_lib.ImageSource],
+  weights: Sequence[float],
+  *,
+  global_batch_size: int,
+  seed: int,
+  flip: bool = True,
+  crop_scale: float = 1.0,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_workers: int = 0,
+) -> grain.DatasetIterator:
+  """Iterates for ever over a weighted mixture of image sources.
+
+  Args:
+    sources: all of one image size S. Each is shuffled anew in every epoch.
+    weights: share of each source in the mixture, >= 0, in any unit; a source
+      of weight 0 is left out.
+    global_batch_size: images per step, over all processes.
+    seed: decides order and augmentation.
+    flip: mirror half of the images.
+    crop_scale: see `RandomResizedCrop`; 1 for no crop.
+    process_index: this process.
+    process_count: number of processes; divides `global_batch_size`.
+    num_workers: worker processes; 0 reads in a thread of this process, which
+      is the fastest for images that lie in a cache.
+
+  Returns:
+    An iterator of {"image": float32[b, S, S, 3] in [-1, 1]}. Its `get_state`
+    and `set_state` resume it exactly; the state fits any `process_count`, but
+    only the `num_workers` that it came from.
+
+  Raises:
+    ValueError: weights do not fit the sources, a source is empty, the sizes
+      differ, `crop_scale` is outside (0, 1], or the batch does not divide.
+  """
+  if len(weights) != len(sources):
+    raise ValueError(
+      f"{len(weights)} weights {tuple(weights)} for {len(sources)} image "
+      "sources: give one weight per source"
+    )
+  if min(weights, default=0) < 0 or sum(weights) <= 0:
+    raise ValueError(
+      f"weights {tuple(weights)} must be >= 0 and at least one above 0"
+    )
+  if not 0 < crop_scale <= 1:
+    raise ValueError(f"crop_scale must lie in (0, 1], not {crop_scale}")
+  chosen = [(s, w) for s, w in zip(sources, weights) if w]
+  for source, _ in chosen:
+    if not len(source):
+      raise ValueError(f"image source {source.name} has no training images")
+  sizes = {source.name: source.image_size for source, _ in chosen}
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"image sources differ in size: {sizes}")
+  dataset = grain.MapDataset.mix(
+    [
+      grain.MapDataset.source(source).seed(seed + i).shuffle().repeat()
+      for i, (source, _) in enumerate(chosen)
+    ],
+    [weight for _, weight in chosen],
+  ).seed(seed)
+  if crop_scale < 1:
+    dataset = dataset.random_map(RandomResizedCrop(crop_scale))
+  if flip:
+    dataset = dataset.random_map(RandomFlip())
+  dataset = _shard(dataset, global_batch_size, process_index, process_count)
+  dataset = dataset.map(lambda batch: {"image": to_float(batch["image"])})
+  return _iterate(dataset, num_workers)
+
+
+class PackedText:
+  """Rows of packed conversations, addressable by number, for grain."""
+
+  def __init__(
+    self,
+    conversations: Sequence[sequences.Conversation],
+    tokenizer: sequences.Encoder,
+    sequence_length: int,
+    name: str = "text",
+  ):
+    """Tokenises and packs.
+
+    Args:
+      conversations: text-only conversations.
+      tokenizer: see `sequences.Encoder`.
+      sequence_length: T; longer conversations are cut, and dropped where no
+        answer token is left.
+      name: for the log.
+
+    Raises:
+      ValueError: nothing is left.
+    """
+    encoded = [
+      sequences.encode_conversation(c, tokenizer) for c in conversations
+    ]
+    too_long = sum(len(e.labels) > sequence_length for e in encoded)
+    cut = [
+      sequences.EncodedConversation(*(a[:sequence_length] for a in e))
+      for e in encoded
+    ]
+    self.conversations = [e for e in cut if e.loss_mask.any()]
+    dropped = len(encoded) - len(self.conversations)
+    if not self.conversations:
+      raise ValueError(
+        f"{name}: none of {len(encoded)} conversations has an answer within "
+        f"{sequence_length} tokens; raise config.text.sequence_length or give "
+        "more text"
+      )
+    lengths = [len(e.labels) for e in self.conversations]
+    self.rows = sequences.plan_packing(lengths, sequence_length)
+    self._sequence_length = sequence_length
+    logging.info(
+      "%s: %d conversations in %d rows of %d, %.0f%% full; %d cut, %d of "
+      "them dropped (no answer left)",
+      name,
+      len(lengths),
+      len(self.rows),
+      sequence_length,
+      100 * sum(lengths) / (len(self.rows) * sequence_length),
+      too_long,
+      dropped,
+    )
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Returns `sequences.pack_row`'s arrays; all padding behind the end."""
+    chosen = self.rows[index] if index < len(self.rows) else ()
+    return sequences.pack_row(
+      [self.conversations[i] for i in chosen], self._sequence_length
+    )
+
+
+def text_iterator(
+  conversations: Sequence[sequences.Conversation],
+  tokenizer: sequences.Encoder,
+  *,
+  sequence_length: int,
+  global_batch_size: int,
+  seed: int,
+  process_index: int = 0,
+  process_count: int = 1,
+  num_workers: int = 0,
+) -> grain.DatasetIterator:
+  """Iterates for ever over packed conversations, rows shuffled in every epoch.
+
+  Args:
+    conversations: text-only conversations.
+    tokenizer: see `sequences.Encoder`.
+    sequence_length: T, positions of a row.
+    global_batch_size: rows per step, over all processes.
+    seed: decides the order.
+    process_index: this process.
+    process_count: number of processes; divides `global_batch_size`.
+    num_workers: as in `image_iterator`.
+
+  Returns:
+    An iterator of batches of `sequences.pack_row`: token_ids int32[b, T, 1],
+    labels, positions and segment_ids int32[b, T], loss_mask float32[b, T].
+    Resumes exactly, as `image_iterator` does.
+
+  Raises:
+    ValueError: no conversation has an answer in reach, or the batch does not
+      divide.
+  """
+  rows = PackedText(conversations, tokenizer, sequence_length, "training text")
+  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  dataset = _shard(dataset, global_batch_size, process_index, process_count)
+  return _iterate(dataset, num_workers)
+
+
+def heldout_text_batches(
+  conversations: Sequence[sequences.Conversation],
+  tokenizer: sequences.Encoder,
+  *,
+  sequence_length: int,
+  global_batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> list[dict[str, np.ndarray]]:
+  """Returns fixed batches that hold every conversation once, for perplexity.
+
+  Args and batches are `text_iterator`'s. The last batch is filled up with rows
+  of padding, so every process has the same number of batches and every batch
+  the same shape.
+
+  Raises:
+    ValueError: as `text_iterator`.
+  """
+  size = _per_process(global_batch_size, process_index, process_count)
+  rows = PackedText(conversations, tokenizer, sequence_length, "held-out text")
+  batches = []
+  for start in range(0, len(rows), global_batch_size):
+    first = start + process_index * size
+    chosen = [rows[i] for i in range(first, first + size)]
+    batches.append(
+      {key: np.stack([row[key] for row in chosen]) for key in chosen[0]}
+    )
+  return batches
+
+
+def _per_process(
+  global_batch_size: int, process_index: int, process_count: int
+) -> int:
+  """Returns the rows of a global batch that one process reads."""
+  if global_batch_size < 1 or global_batch_size % process_count:
+    raise ValueError(
+      f"global_batch_size {global_batch_size} must be a multiple of the "
+      f"{process_count} processes"
+    )
+  if not 0 <= process_index < process_count:
+    raise ValueError(
+      f"process_index {process_index} is not in 0..{process_count - 1}"
+    )
+  return global_batch_size // process_count
+
+
+def _shard(
+  dataset: grain.MapDataset,
+  global_batch_size: int,
+  process_index: int,
+  process_count: int,
+) -> grain.MapDataset:
+  """Batches, keeping every process_count-th batch: contiguous global rows."""
+  size = _per_process(global_batch_size, process_index, process_count)
+  batches = dataset.batch(size, drop_remainder=True)
+  return batches[process_index::process_count]
+
+
+def _iterate(
+  dataset: grain.MapDataset, num_workers: int
+) -> grain.DatasetIterator:
+  """Starts reading ahead, in one thread or in `num_workers` processes."""
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  batches = dataset.to_iter_dataset(options)
+  if num_workers:
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+  return iter(batches)
