@@ -21,8 +21,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-# Queries and codes in a tile: the running best of a tile, 1 MiB, and its products
-# stay in a CPU's cache.
+# Queries and codes in a tile, so that its products and its running best, 512 KiB
+# each, stay in a CPU's cache.
 _QUERY_BLOCK = 512
 _CODE_BLOCK = 256
 
