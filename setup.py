@@ -46,15 +46,15 @@ DEMO = [
   "resvg-py>=0.5,<0.6",
 ]
 
-# Tests compare with these; 2.13 is tested, 2.11 is what current GPU images
-# carry.
-TORCH = ["torch>=2.11,<2.14"]
+# Read published weights, and compare with torch in tests: 2.13 is tested, 2.11
+# is what current GPU images carry.
+TORCH = ["torch>=2.11,<2.14", "safetensors>=0.8,<1", "h5py>=3.12,<4"]
 
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2,<0.12"],
   # CUDA 13 is what jax 0.11's images carry; jax 0.10 supports it as well.
   "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
-  "torch": [*TORCH, "safetensors>=0.8,<1"],
+  "torch": TORCH,
   "tfds": ["tensorflow-datasets>=4.9.10,<5"],
   "demo": DEMO,
   "test": [

@@ -89,7 +89,7 @@ PRESETS = {
     "tokenizer.quantizer": "hq",
     "tokenizer.depth": 5,
     "tokenizer.channels": 128,
-    "tokenizer.channel_multipliers": (1, 1, 2, 2, 4),
+    "tokenizer.channel_multipliers": (1, 2, 2, 4, 6),
     "tokenizer.num_res_blocks": 2,
     "tokenizer.stem_patch": 1,
     "tokenizer.attention": True,

@@ -268,8 +268,17 @@ def test_json_keeps_defaults_for_what_it_lacks(tmp_path):
 
 def test_split_overrides():
   rest, overrides = config_lib.split_overrides(
-    ["main", "--config=a.py", "--config.seed=1", "--workdir", "w"]
-    + ["-config.data.path", "x=y", "--config.seed=2", "--config.text.a="]
+    [
+      "main",
+      "--config=a.py",
+      "--config.seed=1",
+      "--workdir",
+      "w",
+      "-config.data.path",
+      "x=y",
+      "--config.seed=2",
+      "--config.text.a=",
+    ]
   )
   assert rest == ["main", "--config=a.py", "--workdir", "w"]
   assert overrides == {"seed": "2", "data.path": "x=y", "text.a": ""}

@@ -344,8 +344,9 @@ _IMPOSSIBLE = (
       c.codebook.update_rule == "ema"
       and c.codebook.paradigm in ("frozen", "projected")
     ),
-    "codebook.update_rule='ema' with codebook.paradigm={c.codebook.paradigm!r}, "
-    "which trains no table of its own: set codebook.update_rule='gradient'",
+    "codebook.update_rule='ema' with codebook.paradigm="
+    "{c.codebook.paradigm!r}, which trains no table of its own: set "
+    "codebook.update_rule='gradient'",
   ),
   (
     lambda c: c.stage != "tokenizer" and c.codebook.code_dim > c.llm.embed_dim,
