@@ -1,0 +1,179 @@
+"""Stage I on real data at toy size: what each paradigm may and may not move."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from configs import pretrain as pretrain_config
+from unicode_jax import codebook as codebook_lib, config as config_lib, sharding
+from unicode_jax.stages import pretrain, tokenizer as tokenizer_stage
+from unicode_jax.training import loop
+
+# Timing is the only thing that two equal runs may disagree on.
+TIMING = "time/"
+
+
+def make_config(**overrides):
+  config = pretrain_config.get_config("debug")
+  return config_lib.apply_overrides(config, overrides)
+
+
+def make_stage(config):
+  data = tokenizer_stage.load_data(config, with_text=True)
+  valid = data.text_tokenizer.visual_code_mask(
+    config.text.image_start, config.text.image_end, config.text.vocab_size
+  )
+  model = pretrain.build_model(config)
+  return pretrain.PretrainStage(config, data, model, valid)
+
+
+def train(config, workdir, until_step=None):
+  stage = make_stage(config)
+  state = loop.train(
+    stage,
+    workdir,
+    tokenizer_stage.loop_config(config),
+    sharding.make_mesh(),
+    until_step,
+  )
+  return stage, state
+
+
+def rows_without_timing(workdir):
+  rows = []
+  for line in (workdir / "metrics.jsonl").read_text().splitlines():
+    row = json.loads(line)
+    rows.append({k: v for k, v in row.items() if not k.startswith(TIMING)})
+  return rows
+
+
+def assert_trees_identical(one, other):
+  jax.tree_util.tree_map_with_path(
+    lambda path, a, b: np.testing.assert_array_equal(
+      a, b, err_msg=jax.tree_util.keystr(path)
+    ),
+    one,
+    other,
+  )
+
+
+@pytest.mark.parametrize("paradigm", ["language_driven", "dual", "projected"])
+def test_resuming_changes_nothing(tmp_path, paradigm):
+  """2N steps straight equal N + restore + N, bit for bit."""
+  config = make_config(**{"codebook.paradigm": paradigm})
+  _, straight = train(config, tmp_path / "straight")
+  train(config, tmp_path / "halves", until_step=4)
+  _, halves = train(config, tmp_path / "halves")
+  assert int(halves.step) == config.num_steps + config.schedule.finetune_steps
+  assert_trees_identical(straight, halves)
+  assert rows_without_timing(tmp_path / "straight") == rows_without_timing(
+    tmp_path / "halves"
+  )
+
+
+def test_paradigms_move_what_they_may(tmp_path):
+  """Each paradigm's rule about C and E_L, on one and the same schedule."""
+  states, stages = {}, {}
+  for paradigm in ("frozen", "dual", "language_driven", "projected"):
+    config = make_config(**{"codebook.paradigm": paradigm})
+    stages[paradigm], states[paradigm] = train(config, tmp_path / paradigm)
+  variables = {name: state.variables for name, state in states.items()}
+  embeddings = {
+    name: np.asarray(stages[name].model.embedding(v.params))
+    for name, v in variables.items()
+  }
+
+  # frozen: C is what it was at the start.
+  start = stages["frozen"].init(jax.random.key(0)).variables
+  np.testing.assert_array_equal(
+    variables["frozen"].codebook_state["table"], start.codebook_state["table"]
+  )
+  # Nothing flows from C to E_L except in `dual`: the LLM that never heard of
+  # images ends the same to the bit.
+  for paradigm in ("language_driven", "projected"):
+    np.testing.assert_array_equal(embeddings[paradigm], embeddings["frozen"])
+  changed = (embeddings["dual"] != embeddings["frozen"]).any(axis=1)
+  assert changed.mean() > 0.5
+
+  # At the end ids mean one thing, except where C may not follow.
+  def drift(name):
+    v, model = variables[name], stages[name].model
+    return float(
+      codebook_lib.drift(
+        v.params["codebook"],
+        v.codebook_state,
+        model.embedding(v.params),
+        v.valid,
+        model.codebook,
+      )
+    )
+
+  assert drift("projected") == 0.0
+  assert drift("language_driven") == 0.0
+  assert drift("dual") == 0.0
+  assert drift("frozen") > 0.0
+
+  # The decoder-only finetune leaves encoder and codebook as they were.
+  for name, rows in (
+    (name, rows_without_timing(tmp_path / name)) for name in states
+  ):
+    logged = [row for row in rows if "code_agreement" in row]
+    assert all("drift" in row for row in logged), name
+    if name == "projected":
+      assert all(row["drift"] == 0.0 for row in logged)
+      assert all(row["code_agreement"] == 1.0 for row in logged)
+    else:
+      assert any(row["drift"] > 0.0 for row in logged), name
+
+
+def test_the_run_folder_holds_everything(tmp_path):
+  config = make_config()
+  pretrain.run(config, tmp_path / "run")
+  files = {
+    str(path.relative_to(tmp_path / "run"))
+    for path in (tmp_path / "run").rglob("*")
+  }
+  expected = {"config.json", "metrics.jsonl", "report.md", "text_tokenizer"}
+  assert expected <= files
+  assert any(name.startswith("tensorboard/events") for name in files)
+  last = config.num_steps + config.schedule.finetune_steps
+  for name in ("openmoji_heldout", "easy_vqa_test"):
+    assert f"pictures/{name}_{last:06d}.png" in files
+  assert config_lib.flatten(
+    config_lib.from_json(tmp_path / "run" / "config.json")
+  ) == config_lib.flatten(config)
+  report = (tmp_path / "run" / "report.md").read_text()
+  for picture in set(files) & {f"curves/{n}.png" for n in ("psnr", "drift")}:
+    assert picture in report
+  assert "eval/text_perplexity" in report
+  # Another config in the same folder is refused and named, before any work.
+  other = make_config(**{"codebook.code_dim": 4})
+  with pytest.raises(config_lib.ConfigError, match="code_dim: 8 there, 4"):
+    pretrain.run(other, tmp_path / "run")
+
+
+def test_collapse_stops_the_run_when_asked(tmp_path):
+  config = make_config(
+    **{
+      "alarm.usage_floor": 1.0,
+      "alarm.patience": 2,
+      "alarm.stop": True,
+    }
+  )
+  with pytest.raises(RuntimeError, match="CODEBOOK COLLAPSE .* Likely cause"):
+    train(config, tmp_path / "run")
+  assert "COLLAPSE" in (tmp_path / "run" / "ALARM.txt").read_text()
+
+
+def test_easy_vqa_test_images_are_never_trained_on():
+  stage = make_stage(make_config())
+  trained = {
+    image.tobytes()
+    for source in stage.data.image_sources
+    for image in source.images()
+  }
+  test = stage.data.heldout_images["easy_vqa_test"]
+  assert len(test) == 1000
+  assert not trained & {image.tobytes() for image in test}

@@ -1,0 +1,58 @@
+"""Metrics keep what belongs to the run and nothing of a lost attempt."""
+
+import io
+import json
+
+import jax.numpy as jnp
+import numpy as np
+
+from unicode_jax.training import metrics
+
+
+def test_window_averages_scalars_and_sums_histograms():
+  window = metrics.Window()
+  window.add({"loss": jnp.float32(1.0), "counts": jnp.array([1.0, 0.0])})
+  window.add({"loss": jnp.float32(3.0), "counts": jnp.array([1.0, 2.0])})
+  window.add({"other": jnp.float32(5.0)})
+  flushed = window.flush()
+  assert flushed["loss"] == 2.0
+  assert flushed["other"] == 5.0
+  np.testing.assert_array_equal(flushed["counts"], [2.0, 2.0])
+  assert window.flush() == {}
+
+
+def test_writer_drops_lines_after_the_step_resumed_from(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  for step in (1, 2, 3):
+    writer.write(step, {"loss": float(step)})
+  writer.close()
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "lo')  # killed in the middle of a line
+  writer = metrics.MetricWriter(tmp_path, 2)
+  writer.write(3, {"loss": 30.0})
+  writer.close()
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(line) for line in lines] == [
+    {"step": 1, "loss": 1.0},
+    {"step": 2, "loss": 2.0},
+    {"step": 3, "loss": 30.0},
+  ]
+
+
+def test_values_that_are_not_finite_stay_valid_json(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  writer.write(1, {"a": float("nan"), "b": float("inf"), "c": 1.0})
+  writer.close()
+  (row,) = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+  assert row == {"step": 1, "a": None, "b": None, "c": 1.0}
+
+
+def test_progress_redraws_only_in_a_terminal():
+  plain = io.StringIO()
+  metrics.Progress(10, 0, plain).show(5, "loss 1")
+  assert plain.getvalue().startswith("step 5/10  eta ")
+  assert "\x1b" not in plain.getvalue()
+  terminal = io.StringIO()
+  terminal.isatty = lambda: True
+  metrics.Progress(10, 0, terminal).show(5, "loss 1")
+  assert terminal.getvalue().startswith("\r\x1b[2Kstep 5/10")

@@ -1,0 +1,153 @@
+"""The UniCode model: a visual tokenizer whose codebook is the LLM's token table.
+
+Implements METHOD sections 1-3: it ties the encoder and decoder, the quantizer,
+the codebook of one paradigm and the LLM together as pure functions over one
+tree of parameters. It holds no training logic.
+"""
+
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from unicode_jax import codebook as codebook_lib, quantizer as quantizer_lib
+from unicode_jax.models import llama as llama_lib, tokenizer as tokenizer_lib
+
+
+@struct.dataclass
+class Variables:
+  """Everything that a forward pass needs.
+
+  Attributes:
+    params: {"encoder", "decoder", "codebook", "llm"}: what optimizers train
+      ("llm" is absent when the codebook is private).
+    codebook_state: Gains, fixed projection or table, statistics.
+    valid: bool[K], ids that may be visual codes.
+  """
+
+  params: Any
+  codebook_state: Any
+  valid: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class UniCode:
+  """Architecture of one model.
+
+  Attributes:
+    tokenizer: Encoder and decoder.
+    codebook: Paradigm, code_dim and update rules.
+    quantizer: "vq", "rq" or "hq".
+    llama: The LLM, or None where the codebook is private.
+  """
+
+  tokenizer: tokenizer_lib.TokenizerConfig
+  codebook: codebook_lib.CodebookConfig
+  quantizer: str
+  llama: llama_lib.LlamaConfig | None
+
+  @property
+  def depth(self) -> int:
+    """Codes per position, D."""
+    return self.codebook.depth
+
+  def init(self, key: jax.Array, valid: jax.Array) -> Variables:
+    """Draws the initial parameters.
+
+    Args:
+      key: PRNG key.
+      valid: bool[K], ids that may be visual codes.
+
+    Returns:
+      Variables with float32 parameters.
+    """
+    keys = jax.random.split(key, 4)
+    size, grid = self.tokenizer.image_size, self.tokenizer.grid_size
+    image = jnp.zeros((1, size, size, 3))
+    features = jnp.zeros((1, grid, grid, self.tokenizer.code_dim))
+    params = {
+      "encoder": tokenizer_lib.Encoder(self.tokenizer).init(keys[0], image)[
+        "params"
+      ],
+      "decoder": tokenizer_lib.Decoder(self.tokenizer).init(keys[1], features)[
+        "params"
+      ],
+    }
+    if self.llama is not None:
+      ids = jnp.zeros((1, 2, 1), jnp.int32)
+      params["llm"] = llama_lib.Llama(self.llama).init(keys[2], ids)["params"]
+    params["codebook"], state = codebook_lib.init_codebook(
+      keys[3], self.embedding(params), valid, self.codebook
+    )
+    return Variables(params=params, codebook_state=state, valid=valid)
+
+  def embedding(self, params) -> jax.Array | None:
+    """Returns the LLM's token table float32[K, d_llm], None without an LLM."""
+    if self.llama is None:
+      return None
+    return params["llm"]["embed_tokens"]["embedding"]
+
+  def table(self, variables: Variables) -> jax.Array:
+    """Returns the table that codes index, float32[K, code_dim]."""
+    return codebook_lib.codebook_table(
+      variables.params["codebook"],
+      variables.codebook_state,
+      self.embedding(variables.params),
+      variables.valid,
+      self.codebook,
+    )
+
+  def language_view(self, variables: Variables) -> jax.Array:
+    """Returns what the table would be if it were the LLM's, [K, code_dim]."""
+    return codebook_lib.language_table(
+      variables.params["codebook"],
+      variables.codebook_state,
+      self.embedding(variables.params),
+      variables.valid,
+      self.codebook,
+    )
+
+  def features(self, variables: Variables, image: jax.Array) -> jax.Array:
+    """Maps pixels float32[B, H, W, 3] to features float32[B, h, w, code_dim]."""
+    return tokenizer_lib.Encoder(self.tokenizer).apply(
+      {"params": variables.params["encoder"]}, image
+    )
+
+  def quantize(
+    self, variables: Variables, z: jax.Array, table: jax.Array | None = None
+  ) -> quantizer_lib.Quantized:
+    """Quantizes features float32[B, h, w, code_dim] with the current table."""
+    return quantizer_lib.quantize(
+      z,
+      self.table(variables) if table is None else table,
+      variables.codebook_state["gain"],
+      variables.valid,
+      kind=self.quantizer,
+      depth=self.depth,
+    )
+
+  def encode(
+    self, variables: Variables, image: jax.Array
+  ) -> quantizer_lib.Quantized:
+    """Maps pixels in [-1, 1], float32[B, H, W, 3], to codes and features."""
+    return self.quantize(variables, self.features(variables, image))
+
+  def decode_features(
+    self, variables: Variables, quantized: jax.Array
+  ) -> jax.Array:
+    """Maps quantized features float32[B, h, w, code_dim] to pixels."""
+    return tokenizer_lib.Decoder(self.tokenizer).apply(
+      {"params": variables.params["decoder"]}, quantized
+    )
+
+  def decode(self, variables: Variables, codes: jax.Array) -> jax.Array:
+    """Maps codes int32[B, h, w, D] to pixels float32[B, H, W, 3]."""
+    quantized = quantizer_lib.dequantize(
+      codes,
+      self.table(variables),
+      variables.codebook_state["gain"],
+      kind=self.quantizer,
+    )
+    return self.decode_features(variables, quantized)

@@ -1,0 +1,1 @@
+"""Training stages: what is trained on what, in which order."""

@@ -1,0 +1,222 @@
+"""Stage I: visual tokenizer and LLM in turns, codebook and token table in step.
+
+METHOD section 3. One cycle is `schedule.tokenizer_steps` of image
+reconstruction, then `schedule.llm_steps` of text instruction data. When all
+cycles are done the codebook snaps to the LLM's table (for the paradigms in
+which they can differ and may be joined) and the decoder alone is finetuned on
+the final codes (H3).
+
+  paradigm          codebook C in a cycle             LLM's table E_L
+  frozen            never changes                     trained on text
+  dual              C <- V(E_L), trained on images    E_L <- C, trained on text
+  language_driven   trained; every sync_every steps   trained on text
+                    C <- lambda C + (1-lambda) V(E_L)
+  projected         V(E_L) at all times, P trained    trained on text
+"""
+
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unicode_jax import (
+  codebook as codebook_lib,
+  config as config_lib,
+  data as data_lib,
+  sharding,
+)
+from unicode_jax.data import pipeline
+from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
+from unicode_jax.stages import run_folder, tokenizer as tokenizer_stage
+from unicode_jax.training import loop, steps
+
+CURVES = tokenizer_stage.CURVES | {
+  "Text loss": ("text/loss",),
+  "Held-out text perplexity": ("eval/text_perplexity",),
+  "Drift": ("drift",),
+  "Code agreement": ("code_agreement",),
+}
+
+
+def build_model(config) -> unicode_lib.UniCode:
+  """Makes the architecture, LLM included, that a config describes."""
+  llama = llama_lib.LlamaConfig(vocab_size=config.text.vocab_size, **config.llm)
+  return tokenizer_stage.build_model(config, llama)
+
+
+class PretrainStage(tokenizer_stage.TokenizerStage):
+  """The alternation, and the decoder-only finetune after it."""
+
+  def __init__(self, config, data: data_lib.Data, model, valid: np.ndarray):
+    """Prepares the steps; see the base class for the arguments."""
+    self.schedule = config.schedule
+    self.cycle = config.schedule.tokenizer_steps + config.schedule.llm_steps
+    super().__init__(config, data, model, valid)
+    self.total_steps = config.num_steps + config.schedule.finetune_steps
+    self.heldout_text = pipeline.heldout_text_batches(
+      data.heldout_texts,
+      data.text_tokenizer,
+      sequence_length=config.text.sequence_length,
+      global_batch_size=config.text.global_batch_size,
+    )
+
+  def _tokenizer_updates(self) -> int:
+    cycles, rest = divmod(self.config.num_steps, self.cycle)
+    per_cycle = self.schedule.tokenizer_steps
+    return cycles * per_cycle + min(rest, per_cycle)
+
+  def _make_optimizers(self):
+    optimizers = super()._make_optimizers()
+    llm_updates = self.config.num_steps - self._tokenizer_updates()
+    optimizers["llm"] = self._optimizer("llm", llm_updates)
+    if self.schedule.finetune_steps:
+      optimizers["finetune"] = self._optimizer(
+        "tokenizer", self.schedule.finetune_steps
+      )
+    return optimizers
+
+  def _make_phases(self):
+    phases = super()._make_phases()
+    text = self.config.text
+    phases["llm"] = loop.Phase(
+      name="llm",
+      stream="text",
+      step=jax.jit(
+        steps.make_llm_step(self.model, self.optimizers["llm"]),
+        donate_argnums=0,
+      ),
+      items={"tokens": text.global_batch_size * text.sequence_length},
+    )
+    if self.schedule.finetune_steps:
+      phases["finetune"] = self._image_phase("finetune", ("decoder",))
+    return phases
+
+  def make_iterators(self):
+    """Opens the streams of images and of text."""
+    return super().make_iterators() | {
+      "text": pipeline.text_iterator(
+        self.data.train_texts,
+        self.data.text_tokenizer,
+        seed=self.config.seed,
+        sequence_length=self.config.text.sequence_length,
+        global_batch_size=self.config.text.global_batch_size,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=self.config.data.num_workers,
+      )
+    }
+
+  def phase(self, step: int) -> loop.Phase:
+    """Returns what the schedule says for a step (0-based)."""
+    if step >= self.config.num_steps:
+      return self.phases["finetune"]
+    in_cycle = step % self.cycle
+    image_turn = in_cycle < self.schedule.tokenizer_steps
+    return self.phases["tokenizer" if image_turn else "llm"]
+
+  def after_step(self, state, step: int):
+    """Syncs, writes back, loads or snaps, as the paradigm and schedule say."""
+    paradigm = self.config.codebook.paradigm
+    if step > self.config.num_steps:
+      return state
+    if step == self.config.num_steps:
+      rule = "snap" if paradigm in ("language_driven", "dual") else None
+    elif paradigm == "language_driven":
+      rule = "sync" if step % self.config.codebook.sync_every == 0 else None
+    elif paradigm == "dual":
+      rule = {
+        self.schedule.tokenizer_steps: "write_back",
+        0: "load_from_language",
+      }.get(step % self.cycle)
+    else:
+      rule = None
+    return state if rule is None else self._apply(rule, state)
+
+  @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+  def _apply(self, rule: str, state):
+    variables, model = state.variables, self.model
+    args = (
+      variables.params["codebook"],
+      variables.codebook_state,
+      model.embedding(variables.params),
+      variables.valid,
+      model.codebook,
+    )
+    params = dict(variables.params)
+    if rule == "write_back":
+      params["llm"] = {
+        **params["llm"],
+        "embed_tokens": {"embedding": codebook_lib.write_back(*args)},
+      }
+    else:
+      move = {
+        "sync": codebook_lib.sync,
+        "load_from_language": codebook_lib.load_from_language,
+        "snap": codebook_lib.snap,
+      }[rule]
+      params["codebook"] = move(*args)
+    return state.replace(variables=variables.replace(params=params))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _unity(self, variables, image):
+    model = self.model
+    z = model.features(variables, image)
+    own = model.quantize(variables, z).codes
+    language = model.quantize(
+      variables, z, model.language_view(variables)
+    ).codes
+    drift = codebook_lib.drift(
+      variables.params["codebook"],
+      variables.codebook_state,
+      model.embedding(variables.params),
+      variables.valid,
+      model.codebook,
+    )
+    return {"drift": drift, "code_agreement": jnp.mean(own == language)}
+
+  def summarize(self, state, window, batch) -> dict[str, float]:
+    """Adds drift and code agreement (H3), on the window's last images."""
+    values = super().summarize(state, window, batch)
+    if batch is not None:
+      unity = self._unity(state.variables, batch["image"])
+      values |= {name: float(value) for name, value in unity.items()}
+    return values
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _heldout_text(self, llm_params, batch):
+    loss, aux = steps.text_loss(self.model, llm_params, batch)
+    return loss * aux["num_tokens"], aux["num_tokens"]
+
+  def evaluate(self, state, *, final: bool) -> dict[str, float]:
+    """Adds held-out text perplexity."""
+    result = super().evaluate(state, final=final)
+    nats, tokens = 0.0, 0.0
+    for batch in self.heldout_text:
+      sums = self._heldout_text(state.variables.params["llm"], batch)
+      nats, tokens = nats + float(sums[0]), tokens + float(sums[1])
+    result["eval/text_perplexity"] = float(np.exp(nats / tokens))
+    return result
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Runs the stage.
+
+  Args:
+    config: Validated ConfigDict with `stage="pretrain"`.
+    workdir: Run folder; a run that is there is resumed.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.check_devices(config, jax.device_count())
+  mesh = sharding.make_mesh(**config.mesh)
+  run_folder.claim(workdir, config)
+  data = tokenizer_stage.load_data(config, with_text=True)
+  text = config.text
+  valid = data.text_tokenizer.visual_code_mask(
+    text.image_start, text.image_end, text.vocab_size
+  )
+  stage = PretrainStage(config, data, build_model(config), valid)
+  if jax.process_index() == 0:
+    data.text_tokenizer.save(workdir / "text_tokenizer")
+  tokenizer_stage.train_and_report(stage, config, workdir, mesh, CURVES)

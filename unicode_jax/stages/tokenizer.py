@@ -1,0 +1,376 @@
+"""Trains a visual tokenizer alone, with a codebook of its own.
+
+METHOD section 2: encoder, quantizer and decoder, no LLM. Stage I
+(`stages.pretrain`) builds on the same class.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unicode_jax import (
+  codebook as codebook_lib,
+  config as config_lib,
+  data as data_lib,
+  sharding,
+)
+from unicode_jax.data import pipeline
+from unicode_jax.models import (
+  tokenizer as tokenizer_lib,
+  unicode as unicode_lib,
+)
+from unicode_jax.stages import run_folder
+from unicode_jax.training import (
+  adversarial,
+  alarm as alarm_lib,
+  loop,
+  optimizer as optimizer_lib,
+  perceptual as perceptual_lib,
+  report,
+  state as state_lib,
+  steps,
+  visual_evaluation,
+)
+
+PICTURES_PER_SET = 8
+
+CURVES = {
+  "Reconstruction loss": ("tokenizer/l1_loss", "tokenizer/l2_loss"),
+  "PSNR": ("psnr",),
+  "Codebook usage": ("usage/",),
+  "Perplexity": ("perplexity/",),
+  "Residual energy": ("residual_energy/",),
+  "Held-out usage": tuple(
+    f"eval/{name}/usage" for name in ("openmoji_heldout", "folder_heldout")
+  ),
+}
+
+
+def build_model(config, llama=None) -> unicode_lib.UniCode:
+  """Makes the architecture that a config describes.
+
+  Args:
+    config: Resolved ConfigDict.
+    llama: LlamaConfig, None where the codebook is private.
+
+  Returns:
+    The model.
+  """
+  tokenizer, codebook = config.tokenizer, config.codebook
+  return unicode_lib.UniCode(
+    tokenizer=tokenizer_lib.TokenizerConfig(
+      image_size=config.image_size,
+      code_dim=codebook.code_dim,
+      channels=tokenizer.channels,
+      channel_multipliers=tuple(tokenizer.channel_multipliers),
+      num_res_blocks=tokenizer.num_res_blocks,
+      stem_patch=tokenizer.stem_patch,
+      attention=tokenizer.attention,
+      dtype=tokenizer.dtype,
+    ),
+    codebook=codebook_lib.CodebookConfig(
+      paradigm=codebook.paradigm,
+      code_dim=codebook.code_dim,
+      depth=tokenizer.depth,
+      projection=codebook.projection,
+      l2_normalize=codebook.l2_normalize,
+      sync_decay=codebook.sync_decay,
+      update=codebook.update_rule,
+      ema_decay=codebook.ema_decay,
+      gain_decay=codebook.gain_decay,
+      restart_dead_after=codebook.restart_dead_after,
+    ),
+    quantizer=tokenizer.quantizer,
+    llama=llama,
+  )
+
+
+def load_data(config, *, with_text: bool) -> data_lib.Data:
+  """Loads what a config names.
+
+  Args:
+    config: Resolved ConfigDict.
+    with_text: Whether the stage has an LLM.
+
+  Returns:
+    Images, and texts with their tokenizer.
+  """
+  return data_lib.load_data(
+    data_lib.DataConfig(**config.data),
+    data_lib.TextConfig(**config.text) if with_text else None,
+    config.image_size,
+  )
+
+
+class TokenizerStage:
+  """Image reconstruction at every step."""
+
+  def __init__(
+    self,
+    config,
+    data: data_lib.Data,
+    model: unicode_lib.UniCode,
+    valid: np.ndarray,
+  ):
+    """Prepares the steps.
+
+    Args:
+      config: Resolved ConfigDict.
+      data: Images and texts.
+      model: Architecture.
+      valid: bool[K], ids that may be visual codes.
+    """
+    self.config = config
+    self.data = data
+    self.model = model
+    self.valid = valid
+    self.total_steps = config.num_steps
+    self.alarm_config = alarm_lib.AlarmConfig(**config.alarm)
+    self.trained = ("encoder", "decoder")
+    if config.codebook.update_rule == "gradient":
+      self.trained += ("codebook",)
+    self.optimizers = self._make_optimizers()
+    loss = config.tokenizer.loss
+    self.critic = self.perceptual = None
+    if loss.adversarial > 0:
+      self.critic = adversarial.Critic(
+        channels=loss.disc_channels,
+        image_size=config.image_size,
+        weight=loss.adversarial,
+        start=loss.disc_start,
+        optimizer=self.optimizers["discriminator"],
+      )
+    if loss.perceptual > 0:
+      weights = perceptual_lib.load_weights(loss.perceptual_weights)
+      self.perceptual = lambda image, other: jnp.mean(
+        perceptual_lib.perceptual_distance(weights, image, other)
+      )
+    self.phases = self._make_phases()
+
+  def _optimizer(self, name: str, num_steps: int):
+    settings = optimizer_lib.OptimizerConfig(**self.config.optimizer[name])
+    return optimizer_lib.make_optimizer(settings, num_steps)
+
+  def _tokenizer_updates(self) -> int:
+    return self.config.num_steps
+
+  def _make_optimizers(self):
+    updates = self._tokenizer_updates()
+    optimizers = {"tokenizer": self._optimizer("tokenizer", updates)}
+    if self.config.tokenizer.loss.adversarial > 0:
+      optimizers["discriminator"] = self._optimizer("discriminator", updates)
+    return optimizers
+
+  def _make_phases(self) -> dict[str, loop.Phase]:
+    return {
+      "tokenizer": self._image_phase("tokenizer", self.trained),
+    }
+
+  def _image_phase(self, name: str, trained) -> loop.Phase:
+    loss = self.config.tokenizer.loss
+    step = steps.make_tokenizer_step(
+      self.model,
+      steps.LossConfig(
+        l1=loss.l1,
+        l2=loss.l2,
+        commitment=loss.commitment,
+        codebook=loss.codebook,
+        perceptual=loss.perceptual,
+        depth_dropout=self.config.tokenizer.depth_dropout,
+      ),
+      self.optimizers[name],
+      trained=trained,
+      opt_name=name,
+      critic=self.critic,
+      perceptual=self.perceptual,
+    )
+    return loop.Phase(
+      name=name,
+      stream="image",
+      step=jax.jit(step, donate_argnums=0),
+      items={"images": self.config.data.global_batch_size},
+    )
+
+  def init(self, key: jax.Array) -> state_lib.TrainState:
+    """Draws the initial state."""
+    model_key, critic_key, run_key = jax.random.split(key, 3)
+    variables = self.model.init(model_key, jnp.asarray(self.valid))
+    params = variables.params
+    groups = {
+      "tokenizer": {name: params[name] for name in self.trained},
+      "finetune": {"decoder": params["decoder"]},
+      "llm": params.get("llm"),
+    }
+    discriminator = {}
+    if self.critic is not None:
+      discriminator = self.critic.init(critic_key)
+      groups["discriminator"] = discriminator
+    return state_lib.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      rng=jax.random.key_data(run_key),
+      variables=variables,
+      discriminator=discriminator,
+      opt_state={
+        name: optimizer.init(groups[name])
+        for name, optimizer in self.optimizers.items()
+      },
+    )
+
+  def make_iterators(self):
+    """Opens the stream of images."""
+    settings = self.config.data
+    return {
+      "image": pipeline.image_iterator(
+        self.data.image_sources,
+        self.data.image_weights,
+        global_batch_size=settings.global_batch_size,
+        seed=self.config.seed,
+        flip=settings.flip,
+        crop_scale=settings.crop_scale,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=settings.num_workers,
+      )
+    }
+
+  def phase(self, step: int) -> loop.Phase:
+    """Returns the only kind of step."""
+    del step
+    return self.phases["tokenizer"]
+
+  def after_step(self, state, step: int):
+    """Leaves the state alone: a private codebook has nothing to follow."""
+    del step
+    return state
+
+  def summarize(self, state, window, batch) -> dict[str, float]:
+    """Adds codebook statistics over the log window."""
+    del state, batch
+    counts = window.pop("code_counts", None)
+    values = {name: float(value) for name, value in window.items()}
+    if counts is not None:
+      statistics = codebook_lib.codebook_statistics(counts, self.valid)
+      for name, per_depth in statistics.items():
+        values |= {
+          f"{name}/depth{d + 1}": float(v) for d, v in enumerate(per_depth)
+        }
+    return values
+
+  def likely_cause(self, metrics) -> str:
+    """Names the hazard that the metrics point to."""
+    return alarm_lib.likely_cause(
+      [
+        metrics[f"residual_energy/depth{d + 1}"]
+        for d in range(self.model.depth)
+      ],
+      feature_std=metrics["tokenizer/feature_std"],
+      l2_normalize=self.model.codebook.l2_normalize,
+      code_dim=self.model.codebook.code_dim,
+      code_agreement=metrics.get("code_agreement"),
+    )
+
+  def evaluate(self, state, *, final: bool) -> dict[str, float]:
+    """Measures every held-out set; at the end also all training codes."""
+    result = {}
+    if final:
+      measured = visual_evaluation.evaluate_codes(
+        self.model,
+        state.variables,
+        np.concatenate([s.images() for s in self.data.image_sources]),
+      )
+      result |= {f"eval/train/{k}": v for k, v in measured.items()}
+    for name, images in self.data.heldout_images.items():
+      measured = visual_evaluation.evaluate_reconstruction(
+        self.model, state.variables, images
+      )
+      result |= {f"eval/{name}/{k}": v for k, v in measured.items()}
+    return result
+
+  def pictures(self, state):
+    """Returns originals and reconstructions of a few held-out images."""
+    return {
+      name: visual_evaluation.reconstruction_columns(
+        self.model, state.variables, images[:PICTURES_PER_SET]
+      )
+      for name, images in self.data.heldout_images.items()
+    }
+
+  def headline(self, metrics) -> str:
+    """Says the metrics in a few words."""
+    words = {
+      "loss": "tokenizer/loss",
+      "psnr": "psnr",
+      "usage": "usage/depth1",
+      "perplexity": "perplexity/depth1",
+      "drift": "drift",
+      "agreement": "code_agreement",
+      "text": "text/loss",
+    }
+    return "  ".join(
+      f"{word} {metrics[name]:.4g}"
+      for word, name in words.items()
+      if name in metrics
+    )
+
+
+def loop_config(config) -> loop.LoopConfig:
+  """Takes the loop's settings out of a config."""
+  return loop.LoopConfig(
+    seed=config.seed,
+    log_every=config.log_every,
+    eval_every=config.eval_every,
+    picture_every=config.picture_every,
+    checkpoint_every=config.checkpoint_every,
+    keep_checkpoints=config.keep_checkpoints,
+    record={"config": config_lib.flatten(config)},
+  )
+
+
+def train_and_report(
+  stage: loop.Stage, config, workdir: pathlib.Path, mesh, curves
+) -> None:
+  """Trains a stage to its end and writes the report.
+
+  Args:
+    stage: What to train.
+    config: Resolved ConfigDict.
+    workdir: Run folder, already claimed.
+    mesh: Device mesh.
+    curves: Groups of curves for the report.
+  """
+  loop.train(stage, workdir, loop_config(config), mesh)
+  if jax.process_index() == 0:
+    facts = {
+      "stage": config.stage,
+      "preset": config.preset or "default",
+      "paradigm": config.codebook.paradigm,
+      "quantizer": f"{config.tokenizer.quantizer}, D = {config.tokenizer.depth}",
+      "codes": f"{int(np.sum(stage.valid))} of {len(stage.valid)} ids",
+      "steps": stage.total_steps,
+      "seed": config.seed,
+      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      "jax": jax.__version__,
+    }
+    path = report.write_report(
+      workdir, f"unicode_jax {config.stage}", facts, curves
+    )
+    print(f"report: {path}")
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Runs the stage.
+
+  Args:
+    config: Validated ConfigDict with `stage="tokenizer"`.
+    workdir: Run folder; a run that is there is resumed.
+  """
+  workdir = pathlib.Path(workdir)
+  config_lib.check_devices(config, jax.device_count())
+  mesh = sharding.make_mesh(**config.mesh)
+  run_folder.claim(workdir, config)
+  data = load_data(config, with_text=False)
+  valid = np.ones(config.text.vocab_size, bool)
+  stage = TokenizerStage(config, data, build_model(config), valid)
+  train_and_report(stage, config, workdir, mesh, CURVES)

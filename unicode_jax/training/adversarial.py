@@ -1,0 +1,122 @@
+"""The adversarial half of the tokenizer step: a PatchGAN critic beside it.
+
+METHOD section 2 after VQ-GAN (arXiv 2012.09841): hinge loss, adaptive weight,
+nothing before `start` steps. The formulas are in `reconstruction_loss`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from unicode_jax.models import (
+  discriminator as discriminator_lib,
+  tokenizer as tokenizer_lib,
+)
+from unicode_jax.training import reconstruction_loss
+
+# From this many pixels on a patch may span 70 of them; below, 34.
+_LARGE_IMAGE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Critic:
+  """A critic with its optimizer.
+
+  Attributes:
+    channels: Width of its first layer.
+    image_size: Side of the pictures, pixels.
+    weight: Weight of the decoder's adversarial term, times the adaptive one.
+    start: Step of the run from which critic and term are active.
+    optimizer: Updates the critic.
+  """
+
+  channels: int
+  image_size: int
+  weight: float
+  start: int
+  optimizer: optax.GradientTransformation
+
+  @property
+  def module(self) -> discriminator_lib.Discriminator:
+    """The network."""
+    num_layers = 3 if self.image_size >= _LARGE_IMAGE else 2
+    return discriminator_lib.Discriminator(self.channels, num_layers)
+
+  def init(self, key: jax.Array) -> Any:
+    """Draws the critic's parameters."""
+    image = jnp.zeros((1, self.image_size, self.image_size, 3))
+    return self.module.init(key, image)["params"]
+
+  def _score(self, params, image):
+    return self.module.apply({"params": params}, image)
+
+  def add_to_gradient(
+    self,
+    params,
+    grads: dict[str, Any],
+    pullback: Callable,
+    reconstruction: jax.Array,
+    step: jax.Array,
+  ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    """Adds the decoder's adversarial term to the other losses' gradient.
+
+    Args:
+      params: The critic's.
+      grads: Gradient of the other losses, with a group "decoder".
+      pullback: float32[B, H, W, 3] -> gradient of the same structure: pulls a
+        cotangent of the reconstruction back to the parameters.
+      reconstruction: float32[B, H, W, 3].
+      step: int32[], step of the run.
+
+    Returns:
+      The sum of gradients, and metrics.
+    """
+    loss, cotangent = jax.value_and_grad(
+      lambda image: reconstruction_loss.generator_loss(
+        self._score(params, image)
+      )
+    )(reconstruction)
+    adversarial = pullback(cotangent)
+    balance = reconstruction_loss.adaptive_weight(
+      tokenizer_lib.last_layer(grads["decoder"]),
+      tokenizer_lib.last_layer(adversarial["decoder"]),
+    )
+    weight = (
+      self.weight * balance * reconstruction_loss.disc_gate(step, self.start)
+    )
+    total = jax.tree.map(lambda g, a: g + weight * a, grads, adversarial)
+    return total, {"generator_loss": loss, "adversarial_weight": weight}
+
+  def update(
+    self, params, opt_state, image, reconstruction, step: jax.Array
+  ) -> tuple[Any, Any, dict[str, jax.Array]]:
+    """Trains the critic on one batch.
+
+    Args:
+      params: The critic's.
+      opt_state: Its optimizer's.
+      image: float32[B, H, W, 3], real pictures.
+      reconstruction: float32[B, H, W, 3], decoded ones.
+      step: int32[], step of the run; nothing moves before `start`.
+
+    Returns:
+      New parameters, optimizer state, and metrics.
+    """
+    loss, grads = jax.value_and_grad(
+      lambda p: reconstruction_loss.discriminator_loss(
+        self._score(p, image), self._score(p, reconstruction)
+      )
+    )(params)
+    updates, new_opt_state = self.optimizer.update(grads, opt_state, params)
+    moved = optax.apply_updates(params, updates)
+    active = step >= self.start
+    params, opt_state = jax.tree.map(
+      lambda new, old: jnp.where(active, new, old),
+      (moved, new_opt_state),
+      (params, opt_state),
+    )
+    return params, opt_state, {"discriminator_loss": loss}

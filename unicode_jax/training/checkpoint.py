@@ -1,0 +1,101 @@
+"""Orbax checkpoints of everything that a run needs to go on exactly.
+
+One checkpoint holds the whole `TrainState`, the position of every data
+iterator and a small JSON record (resolved config, alarm, seconds trained).
+"""
+
+from collections.abc import Mapping
+import pathlib
+from typing import Any
+
+import grain.python as grain
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpointer:
+  """Saves and restores runs; a thin layer over `ocp.CheckpointManager`."""
+
+  def __init__(self, directory: pathlib.Path, keep: int):
+    """Opens a folder of checkpoints.
+
+    Args:
+      directory: Folder, made if missing.
+      keep: How many of the newest checkpoints to keep.
+    """
+    self._manager = ocp.CheckpointManager(
+      directory.absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+    )
+
+  def latest_step(self) -> int | None:
+    """Returns the newest whole checkpoint's step, None if there is none."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    iterators: Mapping[str, Any],
+    record: Mapping[str, Any],
+  ) -> None:
+    """Saves asynchronously; returns when the state has been copied.
+
+    Args:
+      step: Steps done.
+      state: Tree of jax.Array.
+      iterators: Grain iterators by name.
+      record: JSON-able facts.
+    """
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        record=ocp.args.JsonSave(dict(record)),
+        **{
+          f"data_{name}": grain.PyGrainCheckpointSave(iterator)
+          for name, iterator in iterators.items()
+        },
+      ),
+    )
+
+  def restore(
+    self, step: int, state: Any, iterators: Mapping[str, Any]
+  ) -> tuple[Any, dict[str, Any]]:
+    """Restores a checkpoint.
+
+    Args:
+      step: Which checkpoint.
+      state: Tree of `jax.ShapeDtypeStruct` with shardings: structure, shapes
+        and placement of what comes back.
+      iterators: Grain iterators by name; they are moved to the saved position.
+
+    Returns:
+      The state and the JSON record.
+    """
+    restored = self._manager.restore(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(state),
+        record=ocp.args.JsonRestore(),
+        **{
+          f"data_{name}": grain.PyGrainCheckpointRestore(iterator)
+          for name, iterator in iterators.items()
+        },
+      ),
+    )
+    return restored["state"], restored["record"]
+
+  def close(self) -> None:
+    """Waits for the last save to be whole."""
+    self._manager.wait_until_finished()
+    self._manager.close()
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+  """Returns the tree's shapes, dtypes and shardings without its values."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )

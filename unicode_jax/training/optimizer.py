@@ -1,0 +1,68 @@
+"""AdamW with warm-up, cosine decay and gradient clipping."""
+
+import dataclasses
+
+import jax
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Settings of one optimizer.
+
+  Attributes:
+    learning_rate: Peak learning rate, per step.
+    warmup_steps: Steps of linear warm-up from 0.
+    final_fraction: Share of the peak that is left at the last step.
+    weight_decay: Decoupled decay, applied to matrices only.
+    b1: Decay of the first moment, per step.
+    b2: Decay of the second moment, per step.
+    clip_norm: Largest global gradient norm.
+  """
+
+  learning_rate: float
+  warmup_steps: int
+  final_fraction: float
+  weight_decay: float
+  b1: float
+  b2: float
+  clip_norm: float
+
+
+def learning_rate_schedule(
+  config: OptimizerConfig, num_steps: int
+) -> optax.Schedule:
+  """Returns the learning rate as a function of this optimizer's own count."""
+  num_steps = max(num_steps, 1)
+  warmup = min(config.warmup_steps, num_steps // 2)
+  return optax.warmup_cosine_decay_schedule(
+    init_value=0.0 if warmup else config.learning_rate,
+    peak_value=config.learning_rate,
+    warmup_steps=warmup,
+    decay_steps=num_steps,
+    end_value=config.learning_rate * config.final_fraction,
+  )
+
+
+def make_optimizer(
+  config: OptimizerConfig, num_steps: int
+) -> optax.GradientTransformation:
+  """Builds the optimizer of one group of parameters.
+
+  Args:
+    config: Settings.
+    num_steps: Updates that this optimizer will make over the whole run.
+
+  Returns:
+    An optax transformation; vectors and scalars are not decayed.
+  """
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      learning_rate_schedule(config, num_steps),
+      b1=config.b1,
+      b2=config.b2,
+      weight_decay=config.weight_decay,
+      mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
+    ),
+  )
