@@ -13,8 +13,11 @@ import logging
 
 import numpy as np
 
-from unicode_jax.data import sequences, sources
-from unicode_jax.data import text_tokenizer as text_tokenizer_lib
+from unicode_jax.data import (
+  sequences,
+  sources,
+  text_tokenizer as text_tokenizer_lib,
+)
 
 Conversation = sequences.Conversation
 ImageSource = sources.ImageSource

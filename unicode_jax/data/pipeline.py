@@ -15,8 +15,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from unicode_jax.data import sequences
-from unicode_jax.data import sources as sources_lib
+from unicode_jax.data import sequences, sources as sources_lib
 
 
 @dataclasses.dataclass(frozen=True)

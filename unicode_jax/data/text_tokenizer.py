@@ -85,6 +85,7 @@ class TextTokenizer:
     ) | frozenset(special - {None})
     self.byte_ids = self._find_bytes(tokenizer_json)
     self._text = tokenizers.Tokenizer.from_str(json.dumps(_plain(spec)))
+    self._text.encode_special_tokens = True  # As text, that is.
 
   def _role(self, config: dict[str, Any], role: str) -> int | None:
     """Returns the id of bos, eos or pad."""
@@ -212,13 +213,16 @@ class TextTokenizer:
 def _plain(spec: dict[str, Any]) -> dict[str, Any]:
   """Edits a tokenizer.json into one for text alone.
 
-  It matches no added token except runs of white space, adds no space in front
-  and strips none: text -> ids -> text is exact, and pieces can be joined.
+  Every added token but runs of white space becomes a special one, which can be
+  switched off (removing them would shift the others' ids). No space is added in
+  front and none stripped: text -> ids -> text is exact, pieces can be joined.
   """
   added = spec.get("added_tokens") or []
   spec = {
     **spec,
-    "added_tokens": [t for t in added if not t["content"].strip()],
+    "added_tokens": [
+      {**token, "special": bool(token["content"].strip())} for token in added
+    ],
     "truncation": None,
     "padding": None,
     "post_processor": None,
