@@ -8,7 +8,9 @@ and the state of an iterator is the number of batches that it has given out.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import logging
+import sys
 from typing import Any
 
 import grain
@@ -119,7 +121,7 @@ def image_iterator(
     raise ValueError(f"image sources differ in size: {sizes}")
   dataset = grain.MapDataset.mix(
     [
-      grain.MapDataset.source(source).seed(seed + i).shuffle().repeat()
+      grain.MapDataset.source(_Epochs(source, seed, i))
       for i, (source, _) in enumerate(chosen)
     ],
     [weight for _, weight in chosen],
@@ -230,7 +232,7 @@ def text_iterator(
       divide.
   """
   rows = PackedText(conversations, tokenizer, sequence_length, "training text")
-  dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+  dataset = grain.MapDataset.source(_Epochs(rows, seed))
   dataset = _shard(dataset, global_batch_size, process_index, process_count)
   return _iterate(dataset, num_workers)
 
@@ -263,6 +265,32 @@ def heldout_text_batches(
       {key: np.stack([row[key] for row in chosen]) for key in chosen[0]}
     )
   return batches
+
+
+class _Epochs:
+  """A data source for ever: one random order of all its elements an epoch.
+
+  `grain.MapDataset.shuffle` would do, but its search for an index takes 6 ms in
+  a folder of 10 images, hence 0.4 s for a batch of 64.
+  """
+
+  def __init__(self, source: Any, *seeds: int):
+    self._source = source
+    self._seeds = seeds
+
+  def __len__(self) -> int:
+    return sys.maxsize
+
+  def __getitem__(self, index: int) -> Any:
+    epoch, place = divmod(index, len(self._source))
+    order = _permutation(len(self._source), epoch, self._seeds)
+    return self._source[int(order[place])]
+
+
+@functools.lru_cache(maxsize=64)
+def _permutation(count: int, epoch: int, seeds: tuple[int, ...]) -> np.ndarray:
+  """Returns the order of an epoch, int64[count]."""
+  return np.random.default_rng([*seeds, epoch]).permutation(count)
 
 
 def _per_process(
