@@ -385,7 +385,7 @@ def test_statistics():
 def test_h1_selection_does_not_collapse(code_dim):
   # The setting that collapses: a language's table (near-constant norm, most of
   # it a common mean), a fresh encoder with small outputs, 512 of them.
-  num_codes, dim = 8192, 1024
+  num_codes, dim = 8192, 512
   rng = np.random.default_rng(9)
   rows = rng.standard_normal((num_codes, dim))
   rows *= (1 + 0.02 * rng.standard_normal((num_codes, 1))) / np.linalg.norm(

@@ -37,9 +37,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-PARADIGMS = ('frozen', 'dual', 'language_driven', 'projected', 'private')
-PROJECTIONS = ('pca', 'random', 'identity')
-UPDATES = ('gradient', 'ema')
+PARADIGMS = ("frozen", "dual", "language_driven", "projected", "private")
+PROJECTIONS = ("pca", "random", "identity")
+UPDATES = ("gradient", "ema")
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -63,47 +63,47 @@ class CodebookConfig:
       turns it off. Only for a private codebook (H4).
   """
 
-  paradigm: str = 'projected'
+  paradigm: str = "projected"
   code_dim: int = 16
   depth: int = 4
-  projection: str = 'pca'
+  projection: str = "pca"
   l2_normalize: bool = True
   sync_decay: float = 0.9
-  update: str = 'gradient'
+  update: str = "gradient"
   ema_decay: float = 0.99
   gain_decay: float = 0.99
   restart_dead_after: int = 0
 
   def __post_init__(self):
     for name, known in (
-        ('paradigm', PARADIGMS),
-        ('projection', PROJECTIONS),
-        ('update', UPDATES),
+      ("paradigm", PARADIGMS),
+      ("projection", PROJECTIONS),
+      ("update", UPDATES),
     ):
       if getattr(self, name) not in known:
         raise ValueError(
-            f'codebook.{name}={getattr(self, name)!r} is unknown: use one of '
-            f'{", ".join(known)}.'
+          f"codebook.{name}={getattr(self, name)!r} is unknown: use one of "
+          f"{', '.join(known)}."
         )
-    for name in ('code_dim', 'depth'):
+    for name in ("code_dim", "depth"):
       if getattr(self, name) < 1:
         raise ValueError(
-            f'codebook.{name}={getattr(self, name)} must be at least 1.'
+          f"codebook.{name}={getattr(self, name)} must be at least 1."
         )
-    for name in ('sync_decay', 'ema_decay', 'gain_decay'):
+    for name in ("sync_decay", "ema_decay", "gain_decay"):
       if not 0 <= getattr(self, name) <= 1:
         raise ValueError(
-            f'codebook.{name}={getattr(self, name)} must be in [0, 1].'
+          f"codebook.{name}={getattr(self, name)} must be in [0, 1]."
         )
-    if self.update == 'ema' and self.paradigm in ('frozen', 'projected'):
+    if self.update == "ema" and self.paradigm in ("frozen", "projected"):
       raise ValueError(
-          f'codebook.update="ema" moves a table, and {self.paradigm!r} has '
-          'none to move: use update="gradient".'
+        f'codebook.update="ema" moves a table, and {self.paradigm!r} has '
+        'none to move: use update="gradient".'
       )
     if self.restart_dead_after < 0:
       raise ValueError(
-          f'codebook.restart_dead_after={self.restart_dead_after} is '
-          'negative: use 0 to turn restarts off.'
+        f"codebook.restart_dead_after={self.restart_dead_after} is "
+        "negative: use 0 to turn restarts off."
       )
     if self.restart_dead_after:
       _check_private(self)
@@ -126,33 +126,33 @@ def init_codebook(key, embedding, valid, config: CodebookConfig):
     ValueError: if the embedding is missing or not wanted, or has too few
       dimensions for `code_dim`.
   """
-  state = {'gain': jnp.zeros(config.depth)}
-  if config.update == 'ema':
-    state['ema_counts'] = jnp.ones(valid.shape)
-  if config.paradigm == 'private':
+  state = {"gain": jnp.zeros(config.depth)}
+  if config.update == "ema":
+    state["ema_counts"] = jnp.ones(valid.shape)
+  if config.paradigm == "private":
     if embedding is not None:
       raise ValueError(
-          'A private codebook has no language to unify with: pass '
-          'embedding=None, or choose another codebook.paradigm.'
+        "A private codebook has no language to unify with: pass "
+        "embedding=None, or choose another codebook.paradigm."
       )
-    state['last_used'] = jnp.zeros(valid.shape, jnp.int32)
+    state["last_used"] = jnp.zeros(valid.shape, jnp.int32)
     shape = (valid.shape[0], config.code_dim)
-    return {'table': jax.random.normal(key, shape)}, state
+    return {"table": jax.random.normal(key, shape)}, state
   if embedding is None:
     raise ValueError(
-        f'codebook.paradigm={config.paradigm!r} needs the embedding of an '
-        'LLM: pass it, or use paradigm="private".'
+      f"codebook.paradigm={config.paradigm!r} needs the embedding of an "
+      'LLM: pass it, or use paradigm="private".'
     )
   projection = _init_projection(key, embedding, valid, config)
-  if config.paradigm == 'projected':
-    return {'projection': projection}, state
-  state['projection'] = projection
-  if config.paradigm == 'dual':
-    state['centre'] = _mean(embedding, valid)
+  if config.paradigm == "projected":
+    return {"projection": projection}, state
+  state["projection"] = projection
+  if config.paradigm == "dual":
+    state["centre"] = _mean(embedding, valid)
   table = language_view({}, state, embedding, valid, config)
-  if config.paradigm == 'frozen':
-    return {}, state | {'table': table}
-  return {'table': table}, state
+  if config.paradigm == "frozen":
+    return {}, state | {"table": table}
+  return {"table": table}, state
 
 
 def language_view(params, state, embedding, valid, config: CodebookConfig):
@@ -172,10 +172,10 @@ def language_view(params, state, embedding, valid, config: CodebookConfig):
     ValueError: if the codebook is private.
   """
   _check_paradigm(
-      config, 'a view of the language', *set(PARADIGMS) - {'private'}
+    config, "a view of the language", *set(PARADIGMS) - {"private"}
   )
   embedding = lax.stop_gradient(embedding).astype(jnp.float32)
-  centre = state.get('centre')
+  centre = state.get("centre")
   if centre is None:
     centre = _mean(embedding, valid)
   projection = _projection(params, state)
@@ -238,15 +238,13 @@ def sync(params, state, embedding, valid, config: CodebookConfig):
   Raises:
     ValueError: unless the paradigm is `language_driven`.
   """
-  _check_paradigm(config, 'a sync', 'language_driven')
+  _check_paradigm(config, "a sync", "language_driven")
   view = language_view(params, state, embedding, valid, config)
-  table = params['table']
-  return params | {'table': table + (1 - config.sync_decay) * (view - table)}
+  table = params["table"]
+  return params | {"table": table + (1 - config.sync_decay) * (view - table)}
 
 
-def load_from_language(
-    params, state, embedding, valid, config: CodebookConfig
-):
+def load_from_language(params, state, embedding, valid, config: CodebookConfig):
   """Begins a round of `dual`: C <- V(E), for every row.
 
   Args:
@@ -262,7 +260,7 @@ def load_from_language(
   Raises:
     ValueError: unless the paradigm is `dual`.
   """
-  _check_paradigm(config, 'loading from the language', 'dual')
+  _check_paradigm(config, "loading from the language", "dual")
   return snap(params, state, embedding, valid, config)
 
 
@@ -287,12 +285,12 @@ def write_back(params, state, embedding, valid, config: CodebookConfig):
   Raises:
     ValueError: unless the paradigm is `dual`.
   """
-  _check_paradigm(config, 'writing back', 'dual')
+  _check_paradigm(config, "writing back", "dual")
   projection = _projection(params, state)
   gram = jnp.matmul(projection.T, projection, precision=_HIGHEST)
   inverse = jnp.linalg.solve(gram, projection.T)
   view = language_view(params, state, embedding, valid, config)
-  change = jnp.matmul(params['table'] - view, inverse, precision=_HIGHEST)
+  change = jnp.matmul(params["table"] - view, inverse, precision=_HIGHEST)
   changed = (embedding + change).astype(embedding.dtype)
   return jnp.where(valid[:, None], changed, embedding)
 
@@ -315,7 +313,7 @@ def snap(params, state, embedding, valid, config: CodebookConfig):
     ValueError: if the codebook is private.
   """
   view = language_view(params, state, embedding, valid, config)
-  return params | {'table': view} if 'table' in params else params
+  return params | {"table": view} if "table" in params else params
 
 
 def drift(params, state, embedding, valid, config: CodebookConfig):
@@ -336,7 +334,7 @@ def drift(params, state, embedding, valid, config: CodebookConfig):
     ValueError: if the codebook is private.
   """
   view = language_view(params, state, embedding, valid, config)
-  if config.paradigm == 'projected':
+  if config.paradigm == "projected":
     table = view
   else:
     table = _raw_table(params, state, embedding, valid, config)
@@ -359,10 +357,10 @@ def fit_gain(state, gain_fit, config: CodebookConfig):
   Returns:
     The new `state`.
   """
-  gain = state['gain']
+  gain = state["gain"]
   decay = jnp.where(gain > 0, config.gain_decay, 0.0)
   fitted = decay * gain + (1 - decay) * lax.stop_gradient(gain_fit)
-  return state | {'gain': fitted}
+  return state | {"gain": fitted}
 
 
 def ema_update(params, state, counts, sums, config: CodebookConfig):
@@ -388,26 +386,26 @@ def ema_update(params, state, counts, sums, config: CodebookConfig):
   Raises:
     ValueError: unless `config.update` is "ema".
   """
-  if config.update != 'ema':
+  if config.update != "ema":
     raise ValueError(
-        f'codebook.update={config.update!r} keeps no averages: use "ema".'
+      f'codebook.update={config.update!r} keeps no averages: use "ema".'
     )
   counts, sums = lax.stop_gradient((counts, sums))
   weight = 1 - config.ema_decay
-  ema_counts = config.ema_decay * state['ema_counts'] + weight * counts
-  table = params['table']
+  ema_counts = config.ema_decay * state["ema_counts"] + weight * counts
+  table = params["table"]
   rows = _rows(table, config)
   moved = rows + (weight / jnp.maximum(ema_counts, 1e-12))[:, None] * (
-      sums - counts[:, None] * rows
+    sums - counts[:, None] * rows
   )
   if config.l2_normalize:
     moved = _unit(moved) * jnp.linalg.norm(table, axis=1, keepdims=True)
   table = jnp.where(counts[:, None] > 0, moved, table)
-  return params | {'table': table}, state | {'ema_counts': ema_counts}
+  return params | {"table": table}, state | {"ema_counts": ema_counts}
 
 
 def restart_dead_codes(
-    key, params, state, counts, step, candidates, config: CodebookConfig
+  key, params, state, counts, step, candidates, config: CodebookConfig
 ):
   """Gives rows that were long unused the place of a random input (H4).
 
@@ -433,19 +431,19 @@ def restart_dead_codes(
   _check_private(config)
   if not config.restart_dead_after:
     raise ValueError(
-        'codebook.restart_dead_after=0 turns restarts off: set the steps.'
+      "codebook.restart_dead_after=0 turns restarts off: set the steps."
     )
-  last_used = jnp.where(counts > 0, step, state['last_used'])
+  last_used = jnp.where(counts > 0, step, state["last_used"])
   dead = step - last_used >= config.restart_dead_after
   picks = jax.random.randint(key, dead.shape, 0, candidates.shape[0])
   fresh = candidates[picks]
   if config.l2_normalize:
     fresh = _unit(fresh) * config.code_dim**0.5
-  state = state | {'last_used': jnp.where(dead, step, last_used)}
-  if 'ema_counts' in state:
-    state['ema_counts'] = jnp.where(dead, 1.0, state['ema_counts'])
-  table = jnp.where(dead[:, None], fresh, params['table'])
-  return params | {'table': table}, state
+  state = state | {"last_used": jnp.where(dead, step, last_used)}
+  if "ema_counts" in state:
+    state["ema_counts"] = jnp.where(dead, 1.0, state["ema_counts"])
+  table = jnp.where(dead[:, None], fresh, params["table"])
+  return params | {"table": table}, state
 
 
 def codebook_statistics(counts, valid):
@@ -466,7 +464,7 @@ def codebook_statistics(counts, valid):
   share = counts / jnp.maximum(total, 1)
   entropy = jax.scipy.special.entr(share).sum(axis=1)
   usage = jnp.sum(counts > 0, axis=1) / jnp.sum(valid)
-  return {'usage': usage, 'perplexity': jnp.exp(entropy)}
+  return {"usage": usage, "perplexity": jnp.exp(entropy)}
 
 
 def _init_projection(key, embedding, valid, config):
@@ -474,19 +472,19 @@ def _init_projection(key, embedding, valid, config):
   dim = embedding.shape[1]
   if config.code_dim > dim:
     raise ValueError(
-        f'codebook.code_dim={config.code_dim} is larger than the '
-        f'embedding\'s {dim} dimensions: use at most {dim}.'
+      f"codebook.code_dim={config.code_dim} is larger than the "
+      f"embedding's {dim} dimensions: use at most {dim}."
     )
   rows = embedding.astype(jnp.float32) - _mean(embedding, valid)
   rows = jnp.where(valid[:, None], rows, 0)
-  if config.projection == 'identity':
+  if config.projection == "identity":
     if config.code_dim != dim:
       raise ValueError(
-          f'codebook.projection="identity" needs code_dim={dim}, the '
-          f'embedding\'s, not {config.code_dim}: set it, or use "pca".'
+        f'codebook.projection="identity" needs code_dim={dim}, the '
+        f'embedding\'s, not {config.code_dim}: set it, or use "pca".'
       )
     basis = jnp.eye(dim)
-  elif config.projection == 'pca':
+  elif config.projection == "pca":
     covariance = jnp.matmul(rows.T, rows, precision=_HIGHEST)
     basis = jnp.linalg.eigh(covariance)[1][:, ::-1][:, : config.code_dim]
     # Eigenvectors have no sign of their own: make the largest entry positive.
@@ -508,16 +506,16 @@ def _mean(embedding, valid):
 
 def _projection(params, state):
   """Finds P, where it is trained or where it is fixed."""
-  if 'projection' in params:
-    return params['projection']
-  return state['projection']
+  if "projection" in params:
+    return params["projection"]
+  return state["projection"]
 
 
 def _raw_table(params, state, embedding, valid, config):
   """Returns C before normalisation."""
-  if config.paradigm == 'projected':
+  if config.paradigm == "projected":
     return language_view(params, state, embedding, valid, config)
-  return params['table'] if 'table' in params else state['table']
+  return params["table"] if "table" in params else state["table"]
 
 
 def _rows(table, config):
@@ -533,11 +531,11 @@ def _unit(x):
 
 def _check_private(config):
   """Raises unless the rows are the tokenizer's own."""
-  if config.paradigm != 'private':
+  if config.paradigm != "private":
     raise ValueError(
-        f'codebook.paradigm={config.paradigm!r}: its rows belong to the LLM, '
-        'and a restart would overwrite words. Set restart_dead_after=0, or '
-        'paradigm="private".'
+      f"codebook.paradigm={config.paradigm!r}: its rows belong to the LLM, "
+      "and a restart would overwrite words. Set restart_dead_after=0, or "
+      'paradigm="private".'
     )
 
 
@@ -545,6 +543,6 @@ def _check_paradigm(config, what, *paradigms):
   """Raises unless the paradigm has the operation."""
   if config.paradigm not in paradigms:
     raise ValueError(
-        f'codebook.paradigm={config.paradigm!r} has no place for {what}: '
-        f'that is for {", ".join(sorted(paradigms))}.'
+      f"codebook.paradigm={config.paradigm!r} has no place for {what}: "
+      f"that is for {', '.join(sorted(paradigms))}."
     )

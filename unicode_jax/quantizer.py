@@ -32,7 +32,7 @@ import jax.numpy as jnp
 
 from unicode_jax.kernels import nearest_code as kernel
 
-KINDS = ('vq', 'rq', 'hq')
+KINDS = ("vq", "rq", "hq")
 
 # Gains stay positive, since 0 stands for "not fitted yet".
 _MIN_GAIN = 1e-6
@@ -72,7 +72,7 @@ class Quantized(NamedTuple):
 
 
 def quantize(
-    z, table, gain, mask, *, kind: str, depth: int, precision: str = 'exact'
+  z, table, gain, mask, *, kind: str, depth: int, precision: str = "exact"
 ) -> Quantized:
   """Quantizes features with a table that all depths share.
 
@@ -96,8 +96,8 @@ def quantize(
   _check(kind, depth, gain, table)
   if z.ndim != 4 or z.shape[-1] != table.shape[1]:
     raise ValueError(
-        f'z{list(z.shape)} must be [B, h, w, {table.shape[1]}], as the table '
-        f'is {list(table.shape)}.'
+      f"z{list(z.shape)} must be [B, h, w, {table.shape[1]}], as the table "
+      f"is {list(table.shape)}."
     )
   grid_shape(z.shape[1:3], kind)
   kernel.check_mask(mask, table.shape[0])
@@ -119,15 +119,15 @@ def quantize(
   fixed = lax.stop_gradient(partial)
   left = jnp.sum((target - fixed) ** 2, axis=(1, 2, 3, 4))
   return Quantized(
-      quantized=straight_through(z, partial[-1]),
-      codes=jnp.stack(codes, axis=-1),
-      partial=partial,
-      commitment_loss=jnp.mean((z - fixed) ** 2),
-      codebook_loss=jnp.mean((target - partial) ** 2),
-      residual_energy=left / jnp.maximum(jnp.sum(target**2), 1e-30),
-      counts=jnp.stack(counts),
-      sums=lax.stop_gradient(sums),
-      gain_fit=jnp.stack(fits),
+    quantized=straight_through(z, partial[-1]),
+    codes=jnp.stack(codes, axis=-1),
+    partial=partial,
+    commitment_loss=jnp.mean((z - fixed) ** 2),
+    codebook_loss=jnp.mean((target - partial) ** 2),
+    residual_energy=left / jnp.maximum(jnp.sum(target**2), 1e-30),
+    counts=jnp.stack(counts),
+    sums=lax.stop_gradient(sums),
+    gain_fit=jnp.stack(fits),
   )
 
 
@@ -151,10 +151,10 @@ def dequantize(codes, table, gain, *, kind: str, depth: int | None = None):
   depth = codes.shape[-1] if depth is None else depth
   if not 1 <= depth <= codes.shape[-1]:
     raise ValueError(
-        f'depth={depth} is not within the {codes.shape[-1]} codes of a '
-        'position: use 1 to that.'
+      f"depth={depth} is not within the {codes.shape[-1]} codes of a "
+      "position: use 1 to that."
     )
-  factor = 2 if kind == 'hq' else 1
+  factor = 2 if kind == "hq" else 1
   batch, height, width, _ = codes.shape
   shape = (batch, factor * height, factor * width, table.shape[1])
   total = jnp.zeros(shape, table.dtype)
@@ -178,12 +178,12 @@ def grid_shape(features: tuple[int, int], kind: str) -> tuple[int, int]:
     ValueError: if the kind is "hq" and the grid is odd.
   """
   height, width = features
-  if kind != 'hq':
+  if kind != "hq":
     return height, width
   if height % 2 or width % 2:
     raise ValueError(
-        f'A grid of {height} x {width} features is odd, and quantizer="hq" '
-        'pools 2 x 2: change image_size or the downsampling.'
+      f'A grid of {height} x {width} features is odd, and quantizer="hq" '
+      "pools 2 x 2: change image_size or the downsampling."
     )
   return height // 2, width // 2
 
@@ -204,7 +204,7 @@ def straight_through(z, value):
 
 
 def code_agreement(
-    z, table, other, gain, mask, *, kind: str, depth: int
+  z, table, other, gain, mask, *, kind: str, depth: int
 ) -> jax.Array:
   """Measures the share of codes that another table leaves as they are (H3).
 
@@ -221,8 +221,8 @@ def code_agreement(
     float32[], in [0, 1].
   """
   ours, theirs = (
-      quantize(z, t, gain, mask, kind=kind, depth=depth).codes
-      for t in (table, other)
+    quantize(z, t, gain, mask, kind=kind, depth=depth).codes
+    for t in (table, other)
   )
   return jnp.mean(ours == theirs)
 
@@ -258,7 +258,7 @@ def _choose(residual, table, gain, mask, precision):
 
 def _region(x, d: int, kind: str):
   """Picks what depth d quantizes: f[B, h, w, C] -> f[B, h', w', C]."""
-  if kind != 'hq':
+  if kind != "hq":
     return x
   if d == 0:
     batch, height, width, dim = x.shape
@@ -270,7 +270,7 @@ def _region(x, d: int, kind: str):
 
 def _spread(x, d: int, kind: str, shape):
   """Puts what depth d emits in its place: f[B, h', w', C] -> f[B, h, w, C]."""
-  if kind != 'hq':
+  if kind != "hq":
     return x
   if d == 0:
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -282,17 +282,16 @@ def _check(kind, depth, gain, table):
   """Raises unless kind, depth and gains fit together."""
   if kind not in KINDS:
     raise ValueError(
-        f'quantizer={kind!r} is unknown: use one of {", ".join(KINDS)}.'
+      f"quantizer={kind!r} is unknown: use one of {', '.join(KINDS)}."
     )
-  needed = {'vq': 1, 'hq': 5}.get(kind, depth)
+  needed = {"vq": 1, "hq": 5}.get(kind, depth)
   if depth != needed or depth < 1:
     raise ValueError(
-        f'quantizer={kind!r} cannot have depth={depth}: use '
-        f'{max(needed, 1)}.'
+      f"quantizer={kind!r} cannot have depth={depth}: use {max(needed, 1)}."
     )
   if gain.shape != (depth,):
     raise ValueError(
-        f'gain{list(gain.shape)} must have one entry per depth, {depth}.'
+      f"gain{list(gain.shape)} must have one entry per depth, {depth}."
     )
   if table.ndim != 2:
-    raise ValueError(f'table{list(table.shape)} must be [K, C].')
+    raise ValueError(f"table{list(table.shape)} must be [K, C].")

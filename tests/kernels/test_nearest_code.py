@@ -8,8 +8,15 @@ import pytest
 from unicode_jax.kernels.nearest_code import BACKENDS, nearest_code
 
 # Below, at and above the blocks; multiples of them, primes, and ones.
-SHAPES = [(1, 1, 1), (1, 700, 4), (7, 3, 2), (513, 257, 3), (600, 1031, 2),
-          (1024, 512, 8), (1031, 256, 5)]
+SHAPES = [
+  (1, 1, 1),
+  (1, 700, 4),
+  (7, 3, 2),
+  (513, 257, 3),
+  (600, 1031, 2),
+  (1024, 512, 8),
+  (1031, 256, 5),
+]
 
 
 def distances(z, codebook):
@@ -24,9 +31,9 @@ def normal(*shapes, seed=0):
   return [rng.standard_normal(s).astype(np.float32) for s in shapes]
 
 
-@pytest.mark.parametrize('backend', sorted(BACKENDS))
-@pytest.mark.parametrize('precision', ['exact', 'fast'])
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("shape", SHAPES)
 def test_lowest_index_wins_every_tie(shape, precision, backend):
   # Small integers: products are exact, and nearly every query has ties, within
   # blocks and between them.
@@ -53,11 +60,11 @@ def test_equal_rows_far_apart_tie():
   z, codebook = normal((300, 24), (1500, 24))
   copies = np.concatenate([codebook, codebook[::-1], codebook])
   np.testing.assert_array_equal(
-      nearest_code(z, copies).indices, nearest_code(z, codebook).indices
+    nearest_code(z, copies).indices, nearest_code(z, codebook).indices
   )
 
 
-@pytest.mark.parametrize('dim', [16, 256])
+@pytest.mark.parametrize("dim", [16, 256])
 def test_exact_agrees_with_float64_and_fast_flips(dim):
   z, codebook = normal((512, dim), (4000, dim), seed=2)
   expected = distances_by_product(z, codebook)
@@ -65,7 +72,7 @@ def test_exact_agrees_with_float64_and_fast_flips(dim):
   np.testing.assert_array_equal(exact.indices, expected.argmin(1))
   np.testing.assert_allclose(exact.distances, expected.min(1), rtol=1e-5)
 
-  fast = nearest_code(z, codebook, precision='fast')
+  fast = nearest_code(z, codebook, precision="fast")
   agreement = np.mean(np.asarray(fast.indices) == np.asarray(exact.indices))
   assert 0.95 < agreement < 1
   # Where it flips, it is told the true distance of what it chose.
@@ -81,7 +88,7 @@ def distances_by_product(z, codebook):
 
 
 def test_agrees_with_faiss():
-  faiss = pytest.importorskip('faiss')
+  faiss = pytest.importorskip("faiss")
   z, codebook = normal((700, 32), (3001, 32), seed=3)
   index = faiss.IndexFlatL2(32)
   index.add(codebook)
@@ -89,7 +96,7 @@ def test_agrees_with_faiss():
   found = nearest_code(z, codebook)
   np.testing.assert_array_equal(found.indices, expected[:, 0])
   np.testing.assert_allclose(
-      found.distances, expected_distance[:, 0], rtol=1e-4
+    found.distances, expected_distance[:, 0], rtol=1e-4
   )
 
 
@@ -107,16 +114,16 @@ def test_h9_masked_codes_are_never_chosen():
   found = nearest_code(codebook, codebook, mask)
   assert mask[found.indices].all()
   np.testing.assert_array_equal(
-      np.flatnonzero(mask), np.asarray(found.indices)[mask]
+    np.flatnonzero(mask), np.asarray(found.indices)[mask]
   )
 
 
 def test_h9_all_masked():
   z, codebook = normal((4, 3), (5, 3))
   nothing = np.zeros(5, bool)
-  with pytest.raises(ValueError, match='forbids all 5'):
+  with pytest.raises(ValueError, match="forbids all 5"):
     nearest_code(z, codebook, nothing)
-  with pytest.raises(ValueError, match='forbids all 5'):
+  with pytest.raises(ValueError, match="forbids all 5"):
     jax.jit(lambda z: nearest_code(z, codebook, nothing))(z)
   # Traced, it cannot raise: an id that no table has.
   found = jax.jit(nearest_code)(z, codebook, nothing)
@@ -131,9 +138,7 @@ def test_inputs_that_are_not_finite():
   z[1, 0], z[3, 2], z[4, 1] = np.nan, np.inf, -np.inf
   found = nearest_code(z, codebook, mask)
   bad = np.isin(np.arange(6), [1, 3, 4])
-  np.testing.assert_array_equal(
-      found.indices, np.where(bad, 2, clean.indices)
-  )
+  np.testing.assert_array_equal(found.indices, np.where(bad, 2, clean.indices))
   np.testing.assert_array_equal(np.isnan(found.distances), bad)
   # A broken code is as good as masked.
   codebook[2], codebook[4, 0], codebook[5] = np.inf, np.nan, 1e30
@@ -154,7 +159,7 @@ def test_low_precision_inputs_give_float32_distances():
   z, codebook = (jnp.asarray(x, jnp.bfloat16) for x in normal((9, 4), (20, 4)))
   found = nearest_code(z, codebook)
   expected = distances(
-      np.asarray(z, np.float32), np.asarray(codebook, np.float32)
+    np.asarray(z, np.float32), np.asarray(codebook, np.float32)
   )
   assert found.distances.dtype == jnp.float32
   assert found.indices.dtype == jnp.int32
@@ -164,7 +169,7 @@ def test_low_precision_inputs_give_float32_distances():
 def test_no_gradient_passes():
   z, codebook = normal((5, 4), (20, 4))
   gradients = jax.grad(
-      lambda z, c: nearest_code(z, c).distances.sum(), argnums=(0, 1)
+    lambda z, c: nearest_code(z, c).distances.sum(), argnums=(0, 1)
   )(z, codebook)
   assert not any(np.any(g) for g in gradients)
 
@@ -172,28 +177,28 @@ def test_no_gradient_passes():
 def test_never_builds_the_whole_matrix():
   num_queries, num_codes = 4096, 16384
   compiled = (
-      jax.jit(nearest_code)
-      .lower(
-          jax.ShapeDtypeStruct((num_queries, 8), jnp.float32),
-          jax.ShapeDtypeStruct((num_codes, 8), jnp.float32),
-      )
-      .compile()
+    jax.jit(nearest_code)
+    .lower(
+      jax.ShapeDtypeStruct((num_queries, 8), jnp.float32),
+      jax.ShapeDtypeStruct((num_codes, 8), jnp.float32),
+    )
+    .compile()
   )
   memory = compiled.memory_analysis()
   assert memory.temp_size_in_bytes < 4 * num_queries * num_codes / 20
 
 
 @pytest.mark.parametrize(
-    'arguments, options, message',
-    [
-        ((np.ones((2, 3)), np.ones((4, 5))), {}, 'same C'),
-        ((np.ones((2, 2, 3)), np.ones((4, 3))), {}, 'flatten'),
-        ((np.ones((2, 3)), np.ones((0, 3))), {}, 'no rows'),
-        ((np.ones((2, 3)), np.ones((4, 3)), np.ones(3, bool)), {}, r'bool\[4'),
-        ((np.ones((2, 3)), np.ones((4, 3)), np.ones(4)), {}, 'float64'),
-        ((np.ones((2, 3)), np.ones((4, 3))), {'precision': 'half'}, 'half'),
-        ((np.ones((2, 3)), np.ones((4, 3))), {'backend': 'abacus'}, 'abacus'),
-    ],
+  "arguments, options, message",
+  [
+    ((np.ones((2, 3)), np.ones((4, 5))), {}, "same C"),
+    ((np.ones((2, 2, 3)), np.ones((4, 3))), {}, "flatten"),
+    ((np.ones((2, 3)), np.ones((0, 3))), {}, "no rows"),
+    ((np.ones((2, 3)), np.ones((4, 3)), np.ones(3, bool)), {}, r"bool\[4"),
+    ((np.ones((2, 3)), np.ones((4, 3)), np.ones(4)), {}, "float64"),
+    ((np.ones((2, 3)), np.ones((4, 3))), {"precision": "half"}, "half"),
+    ((np.ones((2, 3)), np.ones((4, 3))), {"backend": "abacus"}, "abacus"),
+  ],
 )
 def test_wrong_arguments(arguments, options, message):
   with pytest.raises(ValueError, match=message):

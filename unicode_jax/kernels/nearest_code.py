@@ -21,8 +21,8 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-# Queries and codes in a tile, so that its products and its running best, 512 KiB
-# each, stay in a CPU's cache.
+# Queries and codes in a tile, so that its products and its running best, half a
+# MiB each, stay in a CPU's cache.
 _QUERY_BLOCK = 512
 _CODE_BLOCK = 256
 
@@ -40,7 +40,7 @@ class NearestCode(NamedTuple):
 
 
 def nearest_code(
-    z, codebook, mask=None, *, precision='exact', backend='auto'
+  z, codebook, mask=None, *, precision="exact", backend="auto"
 ) -> NearestCode:
   """Finds the nearest permitted code of every query.
 
@@ -72,25 +72,25 @@ def nearest_code(
   z, codebook = jnp.asarray(z), jnp.asarray(codebook)
   if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
     raise ValueError(
-        f'z{list(z.shape)} and codebook{list(codebook.shape)} must be [N, C] '
-        'and [K, C] with the same C: flatten the positions first.'
+      f"z{list(z.shape)} and codebook{list(codebook.shape)} must be [N, C] "
+      "and [K, C] with the same C: flatten the positions first."
     )
   if not codebook.shape[0]:
-    raise ValueError('The codebook has no rows: it needs at least one.')
-  if precision not in ('exact', 'fast'):
+    raise ValueError("The codebook has no rows: it needs at least one.")
+  if precision not in ("exact", "fast"):
     raise ValueError(
-        f'precision={precision!r} is unknown: use "exact" or "fast".'
+      f'precision={precision!r} is unknown: use "exact" or "fast".'
     )
-  if backend != 'auto' and backend not in BACKENDS:
+  if backend != "auto" and backend not in BACKENDS:
     raise ValueError(
-        f'backend={backend!r} is unknown: use "auto" or one of '
-        f'{sorted(BACKENDS)}.'
+      f'backend={backend!r} is unknown: use "auto" or one of '
+      f"{sorted(BACKENDS)}."
     )
   check_mask(mask, codebook.shape[0])
   if mask is None:
     mask = np.ones(codebook.shape[0], bool)
-  name = 'xla' if backend == 'auto' else backend
-  return _nearest_code(z, codebook, mask, precision == 'fast', name)
+  name = "xla" if backend == "auto" else backend
+  return _nearest_code(z, codebook, mask, precision == "fast", name)
 
 
 def check_mask(mask, num_codes: int) -> None:
@@ -107,18 +107,20 @@ def check_mask(mask, num_codes: int) -> None:
     return
   if mask.shape != (num_codes,) or mask.dtype != bool:
     raise ValueError(
-        f'mask is {mask.dtype}{list(mask.shape)} but the codebook has '
-        f'{num_codes} rows: it must be bool[{num_codes}].'
+      f"mask is {mask.dtype}{list(mask.shape)} but the codebook has "
+      f"{num_codes} rows: it must be bool[{num_codes}]."
     )
-  known = not isinstance(mask, jax.core.Tracer)
-  if known and getattr(mask, 'is_fully_addressable', True):
-    if not np.asarray(mask).any():
-      raise ValueError(
-          f'The mask forbids all {num_codes} codes: permit at least one.'
-      )
+  # A tracer has no value, and of another process's shards we see nothing.
+  known = not isinstance(mask, jax.core.Tracer) and getattr(
+    mask, "is_fully_addressable", True
+  )
+  if known and not np.asarray(mask).any():
+    raise ValueError(
+      f"The mask forbids all {num_codes} codes: permit at least one."
+    )
 
 
-@functools.partial(jax.jit, static_argnames=('fast', 'backend'))
+@functools.partial(jax.jit, static_argnames=("fast", "backend"))
 def _nearest_code(z, codebook, mask, fast, backend):
   """Brackets a backend's search with the rules that all of them share."""
   z_NC = lax.stop_gradient(z).astype(jnp.float32)
@@ -133,14 +135,14 @@ def _nearest_code(z, codebook, mask, fast, backend):
 
   finite_N = jnp.all(jnp.isfinite(z_NC), axis=1)
   index_N = jnp.where(
-      finite_N & permitted_K[best_N], best_N, jnp.argmax(permitted_K)
+    finite_N & permitted_K[best_N], best_N, jnp.argmax(permitted_K)
   ).astype(jnp.int32)
   distance_N = jnp.sum((z_NC - codebook_KC[index_N]) ** 2, axis=1)
   distance_N = jnp.where(finite_N, distance_N, jnp.nan)
   any_left = jnp.any(permitted_K)
   return NearestCode(
-      jnp.where(any_left, index_N, -1),
-      jnp.where(any_left, distance_N, jnp.inf),
+    jnp.where(any_left, index_N, -1),
+    jnp.where(any_left, distance_N, jnp.inf),
   )
 
 
@@ -170,24 +172,24 @@ def _search_xla(z_NC, codebook_KC, bias_K, fast):
       best_nk, block_nk = carry
       codebook_kC, bias_k, number = block
       product_nk = jnp.einsum(
-          'nC,kC->nk',
-          z_nC,
-          codebook_kC,
-          precision=None if fast else lax.Precision.HIGHEST,
-          preferred_element_type=jnp.float32,
+        "nC,kC->nk",
+        z_nC,
+        codebook_kC,
+        precision=None if fast else lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
       )
       value_nk = bias_k - product_nk
       better_nk = value_nk < best_nk
       return (
-          jnp.where(better_nk, value_nk, best_nk),
-          jnp.where(better_nk, number, block_nk),
+        jnp.where(better_nk, value_nk, best_nk),
+        jnp.where(better_nk, number, block_nk),
       ), None
 
     shape = (z_nC.shape[0], num_lanes)
     (best_nk, block_nk), _ = lax.scan(
-        step,
-        (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)),
-        (codebook_bkC, bias_bk, jnp.arange(num_blocks, dtype=jnp.int32)),
+      step,
+      (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)),
+      (codebook_bkC, bias_bk, jnp.arange(num_blocks, dtype=jnp.int32)),
     )
     index_nk = lane_k * num_blocks + block_nk
     ties_nk = best_nk == jnp.min(best_nk, axis=1, keepdims=True)
@@ -205,9 +207,7 @@ def _strided_blocks(x, block: int, fill=0.0):
   """
   size = x.shape[0]
   fewest = -(-size // block)
-  count = next(
-      (n for n in range(fewest, 2 * fewest) if size % n == 0), fewest
-  )
+  count = next((n for n in range(fewest, 2 * fewest) if size % n == 0), fewest)
   length = -(-size // count)
   pad = [(0, length * count - size)] + [(0, 0)] * (x.ndim - 1)
   x = jnp.pad(x, pad, constant_values=fill)
@@ -215,4 +215,4 @@ def _strided_blocks(x, block: int, fill=0.0):
 
 
 # A name, and a function as the module's docstring describes it.
-BACKENDS = {'xla': _search_xla}
+BACKENDS = {"xla": _search_xla}
