@@ -74,7 +74,8 @@ def byte_level_like():
   )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
   tokenizer.add_special_tokens(["<|endoftext|>", "<|im_end|>"])
-  tokenizer.add_tokens(["<tool_call>", "   "])  # Not special, but added.
+  # Not special, but added.
+  tokenizer.add_tokens(["<tool_call>", "   ", "<he>"])
   return tokenizer
 
 
@@ -153,6 +154,12 @@ def test_special_tokens_in_user_text_stay_text(trained):
   # The fixture would notice: the same text does name control tokens.
   naive = tokenizers.Tokenizer.from_str(trained._json).encode("</s>").ids
   assert naive == [trained.eos_id]
+
+
+def test_control_tokens_in_text_are_tokenised_like_any_text():
+  tokenizer = wrap(byte_level_like())
+  expected = [tokenizer.token_id(name) for name in ("<", "he", ">")]
+  assert tokenizer.encode("<he>") == expected
 
 
 def test_control_tokens_spelled_by_merges_stay_text():
