@@ -381,10 +381,13 @@ def test_statistics():
   )
 
 
-@pytest.mark.parametrize("code_dim", [16, 32])
-def test_h1_selection_does_not_collapse(code_dim):
+@pytest.mark.parametrize(
+  "code_dim, l2_normalize, gain", [(16, True, 1.0), (32, False, 0.0)]
+)
+def test_h1_selection_does_not_collapse(code_dim, l2_normalize, gain):
   # The setting that collapses: a language's table (near-constant norm, most of
-  # it a common mean), a fresh encoder with small outputs, 512 of them.
+  # it a common mean), a fresh encoder with small outputs, 512 of them. Cosine
+  # saves the choice at any gain; the matched scale of the first gain does too.
   num_codes, dim = 8192, 512
   rng = np.random.default_rng(9)
   rows = rng.standard_normal((num_codes, dim))
@@ -402,12 +405,16 @@ def test_h1_selection_does_not_collapse(code_dim):
 
   valid = np.ones(num_codes, bool)
   config = CodebookConfig(
-    paradigm="frozen", code_dim=code_dim, projection="random", depth=1
+    paradigm="frozen",
+    code_dim=code_dim,
+    projection="random",
+    l2_normalize=l2_normalize,
+    depth=1,
   )
   params, state = codebook.init_codebook(jax.random.key(0), rows, valid, config)
   table = codebook.codebook_table(params, state, rows, valid, config)
   found = quantizer.quantize(
-    encode(code_dim), table, state["gain"], valid, kind="vq", depth=1
+    encode(code_dim), table, jnp.array([gain]), valid, kind="vq", depth=1
   )
   assert len(np.unique(found.codes)) > 400
 

@@ -64,8 +64,10 @@ def reference(z, table, gain, mask, kind, depth):
   return codes, partial, sums, over / under
 
 
-@pytest.mark.parametrize("kind, depth", KIND_DEPTH)
-@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize(
+  "kind, depth, cosine",
+  [("vq", 1, False), ("rq", 3, False), ("rq", 3, True), ("hq", 5, True)],
+)
 def test_against_numpy(kind, depth, cosine):
   z, table = draw((2, 4, 6, 7), (50, 7))
   table = unit(table) if cosine else table
@@ -122,17 +124,17 @@ def test_codes_of_vector_quantize_pytorch():
 @pytest.mark.parametrize("kind, depth", [("rq", 4), ("hq", 5)])
 def test_h2_energy_falls_at_every_depth(kind, depth):
   # Rows of one length in many dimensions, and inputs of another scale: the
-  # unscaled table adds energy at every depth.
+  # unscaled table adds energy, and so would unit rows without a gain.
   num_codes, dim = 512, 128
   z, rows = draw((4, 8, 8, dim), (num_codes, dim), seed=2)
-  z *= 0.4
+  z *= 0.05
+  valid = np.ones(num_codes, bool)
   raw = quantize(
-    z, rows, jnp.ones(depth), None, kind=kind, depth=depth
+    z, rows, jnp.ones(depth), valid, kind=kind, depth=depth
   ).residual_energy
   assert raw[0] > 1 and raw[-1] > 1
 
   config = codebook.CodebookConfig(code_dim=dim, depth=depth)
-  valid = np.ones(num_codes, bool)
   params, state = codebook.init_codebook(jax.random.key(0), rows, valid, config)
   table = codebook.codebook_table(params, state, rows, valid, config)
 
@@ -149,7 +151,7 @@ def test_h2_energy_falls_at_every_depth(kind, depth):
   np.testing.assert_allclose(again.gain_fit, state["gain"], rtol=1e-4)
   np.testing.assert_allclose(second, first, rtol=1e-5)
   # And it holds for inputs that it was not fitted to.
-  unseen = 0.4 * draw(z.shape, seed=3)[0]
+  unseen = 0.05 * draw(z.shape, seed=3)[0]
   assert (np.diff(energy(unseen, state["gain"])[1]) < 0).all()
 
 
@@ -252,6 +254,7 @@ def test_codebook_loss_trains_the_projection():
     jax.random.key(0), embedding, valid, config
   )
 
+  @jax.jit
   def loss(params):
     table = codebook.codebook_table(params, state, embedding, valid, config)
     return quantize(

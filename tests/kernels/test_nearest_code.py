@@ -146,6 +146,9 @@ def test_inputs_that_are_not_finite():
   rest = [3, 6, 7, 8]
   expected = rest[distances(z[:1], codebook[rest]).argmin()]
   np.testing.assert_array_equal(found.indices, [expected])
+  # Products that overflow must not lead to a masked code.
+  huge = nearest_code(np.full((1, 3), -1e38), np.full((9, 3), 1e18), mask)
+  assert huge.indices == 2
   # Also the code of a query that is not finite.
   assert nearest_code(z[1:2], codebook, mask).indices == 3
 
