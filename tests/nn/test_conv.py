@@ -43,13 +43,12 @@ def test_upsample_doubles_the_grid():
   assert y.shape == (2, 8, 12, 5)
 
 
-@pytest.mark.parametrize("channels", [16, 48, 64])
-def test_group_norm_equals_torch(channels):
+@pytest.mark.parametrize("channels,groups", [(8, 1), (16, 1), (48, 3)])
+def test_group_norm_equals_torch(channels, groups):
   torch = pytest.importorskip("torch")
   x = _normal(2, 4, 4, channels) * 3 + 1
   layer = conv.GroupNorm()
   ours = layer.apply(layer.init(jax.random.key(0), x), x)
-  groups = np.gcd(32, channels)
   theirs = torch.nn.GroupNorm(groups, channels, eps=1e-6)(
     torch.tensor(x.transpose(0, 3, 1, 2))
   )

