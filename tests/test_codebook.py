@@ -246,7 +246,7 @@ def test_first_gain_is_the_fit_and_later_ones_average():
 def test_h5_one_ema_update_for_all_depths(embedding, paradigm):
   # Against running averages of the counts and of the sums, in numpy.
   params, state, config = build(
-    embedding, paradigm, update="ema", ema_decay=0.9, l2_normalize=False
+    embedding, paradigm, update_rule="ema", ema_decay=0.9, l2_normalize=False
   )
   rng = np.random.default_rng(6)
   n = np.ones(NUM_CODES)
@@ -271,7 +271,7 @@ def test_h5_one_ema_update_for_all_depths(embedding, paradigm):
 
 def test_ema_of_unit_rows_turns_them_and_keeps_their_length(embedding):
   params, state, config = build(
-    embedding, "language_driven", update="ema", ema_decay=0.9
+    embedding, "language_driven", update_rule="ema", ema_decay=0.9
   )
   rng = np.random.default_rng(7)
   counts = rng.integers(0, 3, NUM_CODES).astype(np.float32)
@@ -292,7 +292,7 @@ def test_ema_of_unit_rows_turns_them_and_keeps_their_length(embedding):
 def test_ema_does_not_undo_a_sync(embedding):
   # Averages of sums that were taken before the sync would pull back.
   params, state, config = build(
-    embedding, "language_driven", update="ema", sync_decay=0.0
+    embedding, "language_driven", update_rule="ema", sync_decay=0.0
   )
   params = {"table": params["table"][::-1]}
   params = codebook.sync(params, state, embedding, VALID, config)
@@ -330,7 +330,7 @@ def test_dead_private_codes_are_restarted(embedding):
     "private",
     restart_dead_after=3,
     l2_normalize=False,
-    update="ema",
+    update_rule="ema",
   )
   state["ema_counts"] *= 7
   before = np.asarray(params["table"])
@@ -424,11 +424,11 @@ def test_h1_selection_does_not_collapse(code_dim, l2_normalize, gain):
   [
     ({"paradigm": "shared"}, "shared"),
     ({"projection": "umap"}, "umap"),
-    ({"update": "sgd"}, "sgd"),
+    ({"update_rule": "sgd"}, "sgd"),
     ({"code_dim": 0}, "code_dim=0"),
     ({"depth": 0}, "depth=0"),
     ({"sync_decay": 1.5}, "sync_decay=1.5"),
-    ({"paradigm": "frozen", "update": "ema"}, "none to move"),
+    ({"paradigm": "frozen", "update_rule": "ema"}, "none to move"),
     ({"paradigm": "private", "restart_dead_after": -1}, "negative"),
   ],
 )

@@ -26,7 +26,7 @@ What is trained is `params`, what is only updated is `state`:
   projected                projection   gain
   private                  table        gain, last_used
 
-and with `update="ema"` also `ema_counts`. All functions are pure, and can be
+and with `update_rule="ema"` also `ema_counts`. All functions are pure and can be
 jitted with `config` static. Does not do: the search (`kernels.nearest_code`),
 the residuals and their losses (`quantizer`), or deciding when to sync.
 """
@@ -56,7 +56,7 @@ class CodebookConfig:
       the largest variance of the valid rows; "random": orthonormal columns.
     l2_normalize: whether the rows are made unit vectors before their use.
     sync_decay: lambda of `sync`, the share of C that one sync leaves.
-    update: one of `UPDATES`, what trains the table.
+    update_rule: one of `UPDATES`, what trains the table.
     ema_decay: decay per update of the counts of `ema_update`.
     gain_decay: decay per update of `fit_gain`.
     restart_dead_after: steps without use after which a code is restarted; 0
@@ -69,7 +69,7 @@ class CodebookConfig:
   projection: str = "pca"
   l2_normalize: bool = True
   sync_decay: float = 0.9
-  update: str = "gradient"
+  update_rule: str = "gradient"
   ema_decay: float = 0.99
   gain_decay: float = 0.99
   restart_dead_after: int = 0
@@ -78,7 +78,7 @@ class CodebookConfig:
     for name, known in (
       ("paradigm", PARADIGMS),
       ("projection", PROJECTIONS),
-      ("update", UPDATES),
+      ("update_rule", UPDATES),
     ):
       if getattr(self, name) not in known:
         raise ValueError(
@@ -95,10 +95,10 @@ class CodebookConfig:
         raise ValueError(
           f"codebook.{name}={getattr(self, name)} must be in [0, 1]."
         )
-    if self.update == "ema" and self.paradigm in ("frozen", "projected"):
+    if self.update_rule == "ema" and self.paradigm in ("frozen", "projected"):
       raise ValueError(
-        f'codebook.update="ema" moves a table, and {self.paradigm!r} has '
-        'none to move: use update="gradient".'
+        f'codebook.update_rule="ema" moves a table, and {self.paradigm!r} has '
+        'none to move: use update_rule="gradient".'
       )
     if self.restart_dead_after < 0:
       raise ValueError(
@@ -127,7 +127,7 @@ def init_codebook(key, embedding, valid, config: CodebookConfig):
       dimensions for `code_dim`.
   """
   state = {"gain": jnp.zeros(config.depth)}
-  if config.update == "ema":
+  if config.update_rule == "ema":
     state["ema_counts"] = jnp.ones(valid.shape)
   if config.paradigm == "private":
     if embedding is not None:
@@ -384,11 +384,11 @@ def ema_update(params, state, counts, sums, config: CodebookConfig):
     The new `params` and `state`. Rows without counts are the same to the bit.
 
   Raises:
-    ValueError: unless `config.update` is "ema".
+    ValueError: unless `config.update_rule` is "ema".
   """
-  if config.update != "ema":
+  if config.update_rule != "ema":
     raise ValueError(
-      f'codebook.update={config.update!r} keeps no averages: use "ema".'
+      f'codebook.update_rule={config.update_rule!r} keeps no averages: use "ema".'
     )
   counts, sums = lax.stop_gradient((counts, sums))
   weight = 1 - config.ema_decay

@@ -20,7 +20,7 @@ import os
 import pathlib
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from unicode_jax import config as config_lib
 
@@ -56,6 +56,10 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   workdir = pathlib.Path(
     _WORKDIR.value or f"runs/{config.stage}-{config.preset or 'default'}"
   )
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
     os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.

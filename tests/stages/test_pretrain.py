@@ -86,7 +86,8 @@ def test_paradigms_move_what_they_may(tmp_path):
   }
 
   # frozen: C is what it was at the start.
-  start = stages["frozen"].init(jax.random.key(0)).variables
+  config = make_config(**{"codebook.paradigm": "frozen"})
+  start = train(config, tmp_path / "start", until_step=0)[1].variables
   np.testing.assert_array_equal(
     variables["frozen"].codebook_state["table"], start.codebook_state["table"]
   )
@@ -162,7 +163,7 @@ def test_collapse_stops_the_run_when_asked(tmp_path):
       "alarm.stop": True,
     }
   )
-  with pytest.raises(RuntimeError, match="CODEBOOK COLLAPSE .* Likely cause"):
+  with pytest.raises(RuntimeError, match=r"CODEBOOK COLLAPSE .* Likely cause"):
     train(config, tmp_path / "run")
   assert "COLLAPSE" in (tmp_path / "run" / "ALARM.txt").read_text()
 

@@ -6,7 +6,7 @@ p*b..(p+1)*b of each global batch (b = global_batch_size / P), whatever P is,
 and the state of an iterator is the number of batches that it has given out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import logging
@@ -291,6 +291,27 @@ class _Epochs:
 def _permutation(count: int, epoch: int, seeds: tuple[int, ...]) -> np.ndarray:
   """Returns the order of an epoch, int64[count]."""
   return np.random.default_rng([*seeds, epoch]).permutation(count)
+
+
+def heldout_image_batches(
+  images: np.ndarray, batch_size: int = 64
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields fixed batches that hold every image once, for evaluation.
+
+  Args:
+    images: uint8[N, S, S, 3].
+    batch_size: images at a time; the last batch is filled up.
+
+  Yields:
+    "image": float32[batch_size, S, S, 3] in [-1, 1] and "weight":
+    float32[batch_size], 1 for an image and 0 for what fills up.
+  """
+  for start in range(0, len(images), batch_size):
+    chunk = images[start : start + batch_size]
+    weight = np.zeros(batch_size, np.float32)
+    weight[: len(chunk)] = 1
+    fill = ((0, batch_size - len(chunk)), (0, 0), (0, 0), (0, 0))
+    yield {"image": to_float(np.pad(chunk, fill)), "weight": weight}
 
 
 def _per_process(

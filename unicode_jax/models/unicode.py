@@ -1,4 +1,4 @@
-"""The UniCode model: a visual tokenizer whose codebook is the LLM's token table.
+"""The UniCode model: its visual codebook is the LLM's own token table.
 
 Implements METHOD sections 1-3: it ties the encoder and decoder, the quantizer,
 the codebook of one paradigm and the LLM together as pure functions over one
@@ -110,7 +110,7 @@ class UniCode:
     )
 
   def features(self, variables: Variables, image: jax.Array) -> jax.Array:
-    """Maps pixels float32[B, H, W, 3] to features float32[B, h, w, code_dim]."""
+    """Maps float32[B, H, W, 3] to features float32[B, h, w, code_dim]."""
     return tokenizer_lib.Encoder(self.tokenizer).apply(
       {"params": variables.params["encoder"]}, image
     )

@@ -87,7 +87,8 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
         steps.make_llm_step(self.model, self.optimizers["llm"]),
         donate_argnums=0,
       ),
-      items={"tokens": text.global_batch_size * text.sequence_length},
+      items=text.global_batch_size * text.sequence_length,
+      unit="tokens",
     )
     if self.schedule.finetune_steps:
       phases["finetune"] = self._image_phase("finetune", ("decoder",))

@@ -4,6 +4,8 @@ METHOD section 2: encoder, quantizer and decoder, no LLM. Stage I
 (`stages.pretrain`) builds on the same class.
 """
 
+import functools
+import itertools
 import pathlib
 
 import jax
@@ -27,7 +29,7 @@ from unicode_jax.training import (
   alarm as alarm_lib,
   loop,
   optimizer as optimizer_lib,
-  perceptual as perceptual_lib,
+  perceptual,
   report,
   state as state_lib,
   steps,
@@ -77,7 +79,7 @@ def build_model(config, llama=None) -> unicode_lib.UniCode:
       projection=codebook.projection,
       l2_normalize=codebook.l2_normalize,
       sync_decay=codebook.sync_decay,
-      update=codebook.update_rule,
+      update_rule=codebook.update_rule,
       ema_decay=codebook.ema_decay,
       gain_decay=codebook.gain_decay,
       restart_dead_after=codebook.restart_dead_after,
@@ -85,6 +87,11 @@ def build_model(config, llama=None) -> unicode_lib.UniCode:
     quantizer=tokenizer.quantizer,
     llama=llama,
   )
+
+
+def spread(images: np.ndarray) -> np.ndarray:
+  """Picks a few images evenly over a set, which may be sorted by name."""
+  return images[:: -(-len(images) // PICTURES_PER_SET)]
 
 
 def load_data(config, *, with_text: bool) -> data_lib.Data:
@@ -133,7 +140,7 @@ class TokenizerStage:
       self.trained += ("codebook",)
     self.optimizers = self._make_optimizers()
     loss = config.tokenizer.loss
-    self.critic = self.perceptual = None
+    self.critic = self.perceptual_weights = None
     if loss.adversarial > 0:
       self.critic = adversarial.Critic(
         channels=loss.disc_channels,
@@ -143,10 +150,7 @@ class TokenizerStage:
         optimizer=self.optimizers["discriminator"],
       )
     if loss.perceptual > 0:
-      weights = perceptual_lib.load_weights(loss.perceptual_weights)
-      self.perceptual = lambda image, other: jnp.mean(
-        perceptual_lib.perceptual_distance(weights, image, other)
-      )
+      self.perceptual_weights = perceptual.load_weights(loss.perceptual_weights)
     self.phases = self._make_phases()
 
   def _optimizer(self, name: str, num_steps: int):
@@ -184,13 +188,16 @@ class TokenizerStage:
       trained=trained,
       opt_name=name,
       critic=self.critic,
-      perceptual=self.perceptual,
     )
     return loop.Phase(
       name=name,
       stream="image",
-      step=jax.jit(step, donate_argnums=0),
-      items={"images": self.config.data.global_batch_size},
+      step=functools.partial(
+        jax.jit(step, donate_argnums=0),
+        perceptual_weights=self.perceptual_weights,
+      ),
+      items=self.config.data.global_batch_size,
+      unit="images",
     )
 
   def init(self, key: jax.Array) -> state_lib.TrainState:
@@ -278,12 +285,17 @@ class TokenizerStage:
       measured = visual_evaluation.evaluate_codes(
         self.model,
         state.variables,
-        np.concatenate([s.images() for s in self.data.image_sources]),
+        itertools.chain.from_iterable(
+          pipeline.heldout_image_batches(source.images())
+          for source in self.data.image_sources
+        ),
       )
       result |= {f"eval/train/{k}": v for k, v in measured.items()}
     for name, images in self.data.heldout_images.items():
       measured = visual_evaluation.evaluate_reconstruction(
-        self.model, state.variables, images
+        self.model,
+        state.variables,
+        pipeline.heldout_image_batches(images),
       )
       result |= {f"eval/{name}/{k}": v for k, v in measured.items()}
     return result
@@ -292,7 +304,7 @@ class TokenizerStage:
     """Returns originals and reconstructions of a few held-out images."""
     return {
       name: visual_evaluation.reconstruction_columns(
-        self.model, state.variables, images[:PICTURES_PER_SET]
+        self.model, state.variables, pipeline.to_float(spread(images))
       )
       for name, images in self.data.heldout_images.items()
     }
@@ -346,7 +358,8 @@ def train_and_report(
       "stage": config.stage,
       "preset": config.preset or "default",
       "paradigm": config.codebook.paradigm,
-      "quantizer": f"{config.tokenizer.quantizer}, D = {config.tokenizer.depth}",
+      "quantizer": config.tokenizer.quantizer,
+      "codes per position": config.tokenizer.depth,
       "codes": f"{int(np.sum(stage.valid))} of {len(stage.valid)} ids",
       "steps": stage.total_steps,
       "seed": config.seed,

@@ -7,6 +7,7 @@ below its floor for long enough, names the likely cause (METHOD section 6).
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 
 
 class CollapseError(RuntimeError):
@@ -59,7 +60,7 @@ def likely_cause(
       "tokenizer.loss.commitment"
     )
   energies = [1.0, *residual_energy]
-  for d, (before, after) in enumerate(zip(energies, energies[1:]), start=1):
+  for d, (before, after) in enumerate(itertools.pairwise(energies), start=1):
     if after > before:
       return (
         f"depth {d} adds energy (residual {before:.3g} -> {after:.3g}): the "

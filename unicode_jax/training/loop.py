@@ -20,6 +20,9 @@ from unicode_jax.training import (
   state as state_lib,
 )
 
+# For what runs once: its optimization costs more than it saves.
+_COMPILE_FAST = {"xla_backend_optimization_level": 0}
+
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
@@ -52,13 +55,15 @@ class Phase:
     name: For metrics, e.g. "tokenizer".
     stream: Name of the data stream that it reads.
     step: Jitted (state, batch) -> (state, metrics); the state is donated.
-    items: What a step consumes, by unit, e.g. {"images": 64}.
+    items: How much a step consumes, all processes together.
+    unit: Of what, "images" or "tokens".
   """
 
   name: str
   stream: str
   step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
-  items: Mapping[str, int]
+  items: int
+  unit: str
 
 
 class Stage(Protocol):
@@ -120,32 +125,30 @@ class _Clock:
 
   def __init__(self):
     self.compile_seconds = 0.0
-    self._seen: set[str] = set()
-    self._phase: str | None = None
+    self._seen: set[Phase] = set()
+    self._phase: Phase | None = None
     self._pending = None
     self._clear()
 
   def _clear(self):
     self._seconds = collections.Counter()
     self._steps = collections.Counter()
-    self._items = collections.Counter()
 
   def run(self, phase: Phase, state, batch):
     """Runs one step, and counts it."""
-    if phase.name not in self._seen:
+    if phase not in self._seen:
       self.pause()
-      self._seen.add(phase.name)
+      self._seen.add(phase)
       start = time.monotonic()
       result = jax.block_until_ready(phase.step(state, batch))
       self.compile_seconds += time.monotonic() - start
       return result
-    if phase.name != self._phase:
+    if phase != self._phase:
       self.pause()
-      self._phase, self._start = phase.name, time.monotonic()
+      self._phase, self._start = phase, time.monotonic()
     state, step_metrics = phase.step(state, batch)
     self._pending = step_metrics
-    self._steps[phase.name] += 1
-    self._items.update(phase.items)
+    self._steps[phase] += 1
     return state, step_metrics
 
   def pause(self) -> None:
@@ -156,19 +159,17 @@ class _Clock:
       self._phase = None
 
   def flush(self) -> dict[str, float]:
-    """Returns seconds per step by phase and items per second by unit."""
+    """Returns seconds per step and items per second, by phase."""
     self.pause()
-    total = sum(self._seconds.values())
-    result = {
-      f"time/{name}_step_seconds": self._seconds[name] / self._steps[name]
-      for name in self._seconds
-    }
-    result |= {
-      f"time/{unit}_per_second": count / total
-      for unit, count in self._items.items()
-    }
+    result = {"time/compile_seconds": self.compile_seconds}
+    for phase, seconds in self._seconds.items():
+      per_step = seconds / self._steps[phase]
+      result[f"time/{phase.name}_step_seconds"] = per_step
+      result[f"time/{phase.name}_{phase.unit}_per_second"] = (
+        phase.items / per_step
+      )
     self._clear()
-    return result | {"time/compile_seconds": self.compile_seconds}
+    return result
 
 
 def train(
@@ -208,7 +209,9 @@ def train(
     stop_at = min(stop_at, until_step)
   latest = checkpointer.latest_step()
   if latest is None:
-    state = jax.jit(stage.init, out_shardings=shardings)(key)
+    state = jax.jit(
+      stage.init, out_shardings=shardings, compiler_options=_COMPILE_FAST
+    )(key)
   else:
     target = checkpoint_lib.abstract(jax.eval_shape(stage.init, key), shardings)
     state, record = checkpointer.restore(latest, target, iterators)

@@ -16,7 +16,7 @@ def next_token_loss(
     head_kernel: jax.Array,
     labels: jax.Array,
     loss_mask: jax.Array,
-    chunk: int = 512,
+    chunk: int = 1024,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Averages the cross entropy of the labels over the unmasked positions.
 

@@ -1,4 +1,4 @@
-"""A finished run's `report.md`: what it was, its curves, numbers and pictures."""
+"""A run's `report.md`: what it was, its numbers, pictures and curves."""
 
 from collections.abc import Mapping, Sequence
 import pathlib

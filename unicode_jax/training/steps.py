@@ -17,6 +17,7 @@ from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
 from unicode_jax.training import (
   adversarial,
   losses as losses_lib,
+  perceptual,
   reconstruction_loss,
   state as state_lib,
 )
@@ -52,7 +53,7 @@ def drop_depth(
   Args:
     key: PRNG key.
     quantized: float32[B, h, w, C], all codes, straight-through.
-    partial: float32[D, B, h, w, C], cumulative sums without gradient.
+    partial: float32[D, B, h, w, C], cumulative sums; no gradient passes.
     rate: Share of images for which d is drawn from 1..D-1.
 
   Returns:
@@ -77,7 +78,6 @@ def make_tokenizer_step(
   trained: Sequence[str],
   opt_name: str,
   critic: adversarial.Critic | None = None,
-  perceptual: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> Callable:
   """Makes the image reconstruction step.
 
@@ -88,15 +88,16 @@ def make_tokenizer_step(
     trained: Parameter groups that move, of "encoder", "decoder", "codebook".
     opt_name: Key of the optimizer's state in `TrainState.opt_state`.
     critic: PatchGAN critic and its optimizer, None without adversarial loss.
-    perceptual: (image, reconstruction) -> mean distance, None without.
 
   Returns:
-    (state, {"image": float32[B, H, W, 3]}) -> (state, metrics). Gains and, with
-    `codebook.update="ema"`, code statistics move too (METHOD H2, H5).
+    (state, {"image": float32[B, H, W, 3]}, perceptual weights or None) ->
+    (state, metrics). Gains and, with `codebook.update_rule="ema"`, code
+    statistics move too (METHOD H2, H5), unless only the decoder is trained:
+    then every image keeps its codes (H3).
   """
   decoder_only = tuple(trained) == ("decoder",)
 
-  def loss_fn(groups, state, image):
+  def loss_fn(groups, state, image, perceptual_weights):
     variables = state.variables.replace(
       params={**state.variables.params, **groups}
     )
@@ -118,17 +119,23 @@ def make_tokenizer_step(
       + losses.commitment * terms["commitment_loss"]
       + losses.codebook * terms["codebook_loss"]
     )
-    if perceptual is not None:
-      terms["perceptual_loss"] = perceptual(image, reconstruction)
+    if perceptual_weights is not None:
+      terms["perceptual_loss"] = jnp.mean(
+        perceptual.perceptual_distance(
+          perceptual_weights, image, reconstruction
+        )
+      )
       total += losses.perceptual * terms["perceptual_loss"]
     return (total, reconstruction), (terms, output, z)
 
-  def step(state: state_lib.TrainState, batch):
+  def step(state: state_lib.TrainState, batch, perceptual_weights=None):
     image = batch["image"]
     variables = state.variables
     groups = {name: variables.params[name] for name in trained}
     (loss, reconstruction), pullback, (terms, output, z) = jax.vjp(
-      lambda groups: loss_fn(groups, state, image), groups, has_aux=True
+      lambda groups: loss_fn(groups, state, image, perceptual_weights),
+      groups,
+      has_aux=True,
     )
     (grads,) = pullback((jnp.ones(()), jnp.zeros_like(reconstruction)))
     opt_state = dict(state.opt_state)
@@ -153,18 +160,19 @@ def make_tokenizer_step(
       grads, opt_state[opt_name], groups
     )
     groups = optax.apply_updates(groups, updates)
-    codebook_state = codebook_lib.fit_gain(
-      variables.codebook_state, output.gain_fit, model.codebook
-    )
+    codebook_state = variables.codebook_state
     params = {**variables.params, **groups}
     if not decoder_only:
+      codebook_state = codebook_lib.fit_gain(
+        codebook_state, output.gain_fit, model.codebook
+      )
       params["codebook"], codebook_state = _move_codebook(
         state, params["codebook"], codebook_state, output, z, model.codebook
       )
     metrics = {
       "tokenizer/loss": loss,
       **{f"tokenizer/{name}": value for name, value in terms.items()},
-      "tokenizer/gradient_norm": optax.global_norm(grads),
+      "tokenizer/gradient_norm": optax.tree.norm(grads),
       "tokenizer/feature_std": jnp.std(z),
       "psnr": jnp.mean(reconstruction_loss.psnr(image, reconstruction)),
       "code_counts": output.counts,
@@ -183,7 +191,7 @@ def make_tokenizer_step(
 
 def _move_codebook(state, params, codebook_state, output, z, config):
   """Applies the rules that are not gradients, on this step's assignments."""
-  if config.update == "ema":
+  if config.update_rule == "ema":
     params, codebook_state = codebook_lib.ema_update(
       params, codebook_state, jnp.sum(output.counts, 0), output.sums, config
     )
@@ -230,7 +238,7 @@ def make_llm_step(
     metrics = {
       "text/loss": loss,
       "text/accuracy": aux["correct"] / jnp.maximum(aux["num_tokens"], 1),
-      "text/gradient_norm": optax.global_norm(grads),
+      "text/gradient_norm": optax.tree.norm(grads),
     }
     return state, metrics
 

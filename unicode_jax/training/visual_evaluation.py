@@ -5,6 +5,7 @@ images. Everything is exact over the whole set: sums on the device, one
 division at the end. Held-out sets are small, so every process measures all.
 """
 
+from collections.abc import Iterable, Mapping
 import functools
 
 import jax
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import codebook as codebook_lib
-from unicode_jax.data import pipeline
 from unicode_jax.models import unicode as unicode_lib
 from unicode_jax.training import reconstruction_loss
 
@@ -51,19 +51,17 @@ def _batch_sums(model, variables, image, weight, with_pixels):
   return sums
 
 
-def _evaluate(model, variables, images, with_pixels, batch_size=64):
-  sums = None
-  for start in range(0, len(images), batch_size):
-    chunk = images[start : start + batch_size]
-    fill = batch_size - len(chunk)
-    weight = np.r_[np.ones(len(chunk)), np.zeros(fill)].astype(np.float32)
-    chunk = np.concatenate(
-      [chunk, np.zeros((fill, *chunk.shape[1:]), np.uint8)]
+def _evaluate(model, variables, batches, with_pixels):
+  sums, count = None, 0
+  for batch in batches:
+    batch_sums = _batch_sums(
+      model, variables, batch["image"], batch["weight"], with_pixels
     )
-    batch = _batch_sums(
-      model, variables, pipeline.to_float(chunk), weight, with_pixels
-    )
-    sums = batch if sums is None else jax.tree.map(jnp.add, sums, batch)
+    count += int(np.sum(batch["weight"]))
+    if sums is None:
+      sums = batch_sums
+    else:
+      sums = jax.tree.map(jnp.add, sums, batch_sums)
   sums = jax.device_get(sums)
   per_depth = {
     "residual_energy": sums["left"] / sums["energy"],
@@ -71,10 +69,10 @@ def _evaluate(model, variables, images, with_pixels, batch_size=64):
   }
   result = {}
   if "psnr" in sums:
-    per_depth["psnr"] = sums["psnr"] / len(images)
+    per_depth["psnr"] = sums["psnr"] / count
     result["psnr"] = float(per_depth["psnr"][-1])
   if "agree" in sums:
-    result["code_agreement"] = float(sums["agree"]) / len(images)
+    result["code_agreement"] = float(sums["agree"]) / count
   for name, values in per_depth.items():
     for d, value in enumerate(np.asarray(values), start=1):
       result[f"{name}/depth{d}"] = float(value)
@@ -84,39 +82,40 @@ def _evaluate(model, variables, images, with_pixels, batch_size=64):
 def evaluate_codes(
   model: unicode_lib.UniCode,
   variables: unicode_lib.Variables,
-  images: np.ndarray,
+  batches: Iterable[Mapping[str, np.ndarray]],
 ) -> dict[str, float]:
   """Measures how a whole set uses the codebook, without decoding it.
 
   Args:
     model: The model.
     variables: Its parameters.
-    images: uint8[N, S, S, 3].
+    batches: "image" float32[b, S, S, 3] in [-1, 1] and "weight" float32[b], 0
+      for what only fills a batch up.
 
   Returns:
     "code_agreement" (share of ids that the LLM's table would choose too; only
     with an LLM) and, for every depth, "usage/depthd", "perplexity/depthd",
     "residual_energy/depthd".
   """
-  return _evaluate(model, variables, images, with_pixels=False)
+  return _evaluate(model, variables, batches, with_pixels=False)
 
 
 def evaluate_reconstruction(
   model: unicode_lib.UniCode,
   variables: unicode_lib.Variables,
-  images: np.ndarray,
+  batches: Iterable[Mapping[str, np.ndarray]],
 ) -> dict[str, float]:
   """Measures codes and reconstructions of a whole set.
 
   Args:
     model: The model.
     variables: Its parameters.
-    images: uint8[N, S, S, 3].
+    batches: As of `evaluate_codes`.
 
   Returns:
     What `evaluate_codes` returns, and "psnr" (all depths) and "psnr/depthd".
   """
-  return _evaluate(model, variables, images, with_pixels=True)
+  return _evaluate(model, variables, batches, with_pixels=True)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,19 +128,18 @@ def _reconstruct(model, variables, image):
 def reconstruction_columns(
   model: unicode_lib.UniCode,
   variables: unicode_lib.Variables,
-  images: np.ndarray,
+  image: np.ndarray,
 ) -> tuple[list[np.ndarray], list[str]]:
   """Returns the columns of a picture grid: originals, then d = 1..D.
 
   Args:
     model: The model.
     variables: Its parameters.
-    images: uint8[N, S, S, 3].
+    image: float32[N, S, S, 3] in [-1, 1].
 
   Returns:
     Arrays float32[N, S, S, 3] in [-1, 1] and their titles.
   """
-  image = pipeline.to_float(images)
   decoded = np.asarray(_reconstruct(model, variables, image))
   titles = ["original", *(f"d={d + 1}" for d in range(len(decoded)))]
   return [image, *decoded], titles

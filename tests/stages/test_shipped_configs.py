@@ -1,0 +1,98 @@
+"""Every shipped preset trains, shrunk in size and steps but not in kind."""
+
+import json
+
+import pytest
+
+from configs import pretrain as pretrain_config, tokenizer as tokenizer_config
+from unicode_jax import config as config_lib
+from unicode_jax.stages import pretrain, tokenizer
+
+SHRUNK = {
+  "image_size": 16,
+  "num_steps": 4,
+  "log_every": 2,
+  "eval_every": 0,
+  "picture_every": 0,
+  "checkpoint_every": 4,
+  "data.global_batch_size": 4,
+  "data.num_workers": 0,
+  "text.vocab_size": 384,
+  "text.sequence_length": 16,
+  "text.global_batch_size": 2,
+  "text.image_start": "<image>",
+  "text.image_end": "</image>",
+  "tokenizer.channels": 8,
+  "tokenizer.loss.disc_channels": 8,
+  "tokenizer.loss.disc_start": 1,
+  "codebook.code_dim": 8,
+  "codebook.sync_every": 2,
+  "llm.embed_dim": 24,
+  "llm.num_layers": 2,
+  "llm.num_heads": 3,
+  "llm.num_kv_heads": 3,
+  "llm.head_dim": 8,
+  "llm.mlp_dim": 32,
+  "schedule.tokenizer_steps": 2,
+  "schedule.llm_steps": 1,
+  "schedule.finetune_steps": 1,
+  "alarm.perplexity_floor": 1.0,
+  "mesh.fsdp": 1,
+}
+
+
+def shrink(config):
+  overrides = dict(SHRUNK)
+  if config.tokenizer.quantizer == "hq":
+    # The bottom grid must stay even: keep two of the paper's five levels.
+    overrides["tokenizer.channel_multipliers"] = (1, 2)
+    overrides["tokenizer.stem_patch"] = 2
+  elif len(config.tokenizer.channel_multipliers) > 2:
+    overrides["tokenizer.channel_multipliers"] = (1, 2)
+  return config_lib.validate(config_lib.apply_overrides(config, overrides))
+
+
+def losses(workdir):
+  rows = [
+    json.loads(line)
+    for line in (workdir / "metrics.jsonl").read_text().splitlines()
+  ]
+  return [
+    value
+    for row in rows
+    for name, value in row.items()
+    if name.endswith("loss")
+  ]
+
+
+@pytest.mark.parametrize("preset", sorted(pretrain_config.PRESETS))
+def test_pretrain_preset_trains(tmp_path, preset):
+  config = shrink(pretrain_config.get_config(preset))
+  pretrain.run(config, tmp_path)
+  assert (tmp_path / "report.md").exists()
+  values = losses(tmp_path)
+  assert values
+  assert None not in values
+
+
+@pytest.mark.parametrize("preset", sorted(tokenizer_config.PRESETS))
+def test_tokenizer_preset_trains(tmp_path, preset):
+  config = shrink(tokenizer_config.get_config(preset))
+  tokenizer.run(config, tmp_path)
+  assert (tmp_path / "report.md").exists()
+  assert None not in losses(tmp_path)
+
+
+@pytest.mark.parametrize(("quantizer", "depth"), [("vq", 1), ("hq", 5)])
+def test_other_quantizers_train(tmp_path, quantizer, depth):
+  config = pretrain_config.get_config("debug")
+  config = config_lib.apply_overrides(
+    config,
+    {
+      "tokenizer.quantizer": quantizer,
+      "tokenizer.depth": depth,
+      "codebook.paradigm": "projected",
+    },
+  )
+  pretrain.run(config_lib.validate(config), tmp_path)
+  assert None not in losses(tmp_path)
