@@ -11,13 +11,16 @@ from unicode_jax.models import discriminator
 def _init(size=32, **settings):
   model = discriminator.Discriminator(channels=8, **settings)
   image = jax.random.normal(jax.random.key(1), (2, size, size, 3))
-  return model, model.init(jax.random.key(0), image), image
+  return model, jax.jit(model.init)(jax.random.key(0), image), image
 
 
 @pytest.mark.parametrize("num_layers,side", [(1, 16), (2, 8), (3, 4)])
 def test_one_score_per_patch(num_layers, side):
-  model, variables, image = _init(num_layers=num_layers)
-  assert model.apply(variables, image).shape == (2, side, side)
+  model = discriminator.Discriminator(channels=8, num_layers=num_layers)
+  scores, _ = jax.eval_shape(
+    model.init_with_output, jax.random.key(0), jnp.zeros((2, 32, 32, 3))
+  )
+  assert scores.shape == (2, side, side)
 
 
 def test_has_no_state_and_scores_pictures_independently():

@@ -100,7 +100,8 @@ def test_bfloat16_stays_close_and_keeps_float32_outside():
   image = jax.random.uniform(jax.random.key(1), (2, 16, 16, 3)) * 2 - 1
   encoder = tokenizer.Encoder(_config())
   full, variables = jax.jit(encoder.init_with_output)(jax.random.key(0), image)
-  half = tokenizer.Encoder(_config(dtype="bfloat16")).apply(variables, image)
+  half_encoder = tokenizer.Encoder(_config(dtype="bfloat16"))
+  half = jax.jit(half_encoder.apply)(variables, image)
   assert half.dtype == jnp.float32
   assert {a.dtype for a in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
   assert 0 < jnp.abs(full - half).max() < 0.1
@@ -114,7 +115,9 @@ def test_last_layer_is_what_draws_the_pixels():
   kernel = tokenizer.last_layer(params)
   assert kernel.shape == (8, 3 * config.stem_patch**2)
   head = {"proj": {**params["head"]["proj"], "kernel": jnp.zeros_like(kernel)}}
-  decoded = decoder.apply({"params": {**params, "head": head}}, features)
+  decoded = jax.jit(decoder.apply)(
+    {"params": {**params, "head": head}}, features
+  )
   np.testing.assert_array_equal(decoded, 0.0)
 
 

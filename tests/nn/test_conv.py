@@ -62,16 +62,20 @@ def test_group_norm_equals_torch(channels, groups):
 )
 def test_new_block_is_the_identity_and_learns(block):
   x = _normal(2, 4, 4, 8)
-  params = block.init(jax.random.key(0), x)
+  params = jax.jit(block.init)(jax.random.key(0), x)
   np.testing.assert_allclose(block.apply(params, x), x, atol=1e-6)
-  grads = jax.grad(lambda p: jnp.vdot(block.apply(p, x), x[::-1]))(params)
+  grads = jax.jit(jax.grad(lambda p: jnp.vdot(block.apply(p, x), x[::-1])))(
+    params
+  )
   last = grads["params"]["conv2" if "conv2" in grads["params"] else "out"]
   assert jnp.linalg.norm(last["kernel"]) > 0
 
 
 def test_residual_block_projects_to_another_width():
   x = _normal(1, 4, 4, 8)
-  y, variables = conv.ResidualBlock(12).init_with_output(jax.random.key(0), x)
+  y, variables = jax.jit(conv.ResidualBlock(12).init_with_output)(
+    jax.random.key(0), x
+  )
   shortcut = variables["params"]["shortcut"]["kernel"]
   np.testing.assert_allclose(y, x @ shortcut, atol=1e-5)
 
@@ -103,7 +107,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
     conv.Downsample(4, dtype=jnp.bfloat16),
     conv.Upsample(4, dtype=jnp.bfloat16),
   ):
-    y, variables = block.init_with_output(jax.random.key(0), x)
+    y, variables = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
     assert y.dtype == jnp.bfloat16
     assert {a.dtype for a in jax.tree.leaves(variables)} == {
       jnp.dtype("float32")
