@@ -14,7 +14,6 @@ LPIPS (VGG, version 0.1):
     np.savez("lpips_vgg.npz", **{k: v.numpy() for k, v in state_dict.items()})
 """
 
-from collections.abc import Callable
 import importlib.util
 import os
 from typing import NamedTuple
@@ -228,19 +227,3 @@ def _unit(x_BXYC: jax.Array) -> jax.Array:
   return x_BXYC * jax.lax.rsqrt(
     jnp.sum(jnp.square(x_BXYC), axis=-1, keepdims=True) + 1e-8
   )
-
-
-def make_distance(
-  path: str | None = None,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Loads the weights and returns (image, reconstruction) -> mean, float32[].
-
-  Args:
-    path: As in `load_weights`, which also says what it raises.
-  """
-  weights = load_weights(path)
-
-  def distance(image: jax.Array, reconstruction: jax.Array) -> jax.Array:
-    return jnp.mean(perceptual_distance(weights, image, reconstruction))
-
-  return distance
