@@ -21,9 +21,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unicode_jax.nn import attention
-from unicode_jax.nn import norm
-from unicode_jax.nn import rope
+from unicode_jax.nn import attention, norm, rope
+from unicode_jax.nn.blockwise import blockwise
 
 # What the backward pass may reuse; "none" keeps everything, "full" nothing.
 REMAT_POLICIES = {
@@ -32,8 +31,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-_MLP_CHUNK = 512  # tokens at a time on CPU
-
 _in_init = nn.initializers.lecun_normal()
 
 
@@ -55,7 +52,7 @@ class LlamaConfig:
     tie_embeddings: the head is the embedding table.
     qkv_bias: biases on q, k and v (Qwen2).
     qk_norm: RMSNorm on the heads of q and k (Qwen3).
-    sliding_window: attention span in positions, or None (Mistral 7B v0.1: 4096).
+    sliding_window: attention span in positions, or None.
     scan_layers: one compiled layer in a loop: compiles faster, runs slower on
       CPU.
     remat_policy: a name in REMAT_POLICIES.
@@ -121,13 +118,13 @@ class KVCache:
 
   Attributes:
     layers: per layer, keys and values [B, G, S, A].
-    slots: where the cached tokens stand; S is the capacity.
+    tokens: positions and segment ids [B, S]; S is the capacity.
     length: int32[], slots in use, the same for all rows (pad shorter rows with
       segment id 0).
   """
 
   layers: list[tuple[jax.Array, jax.Array]]
-  slots: attention.Slots
+  tokens: attention.Tokens
   length: jax.Array
 
 
@@ -141,7 +138,7 @@ def init_cache(config: LlamaConfig, batch: int, max_length: int) -> KVCache:
   empty = jnp.zeros((batch, max_length), jnp.int32)
   return KVCache(
       layers=[(zeros(), zeros()) for _ in range(config.num_layers)],
-      slots=attention.Slots(jnp.arange(max_length), empty, empty),
+      tokens=attention.Tokens(empty, empty),
       length=jnp.zeros((), jnp.int32),
   )
 
@@ -174,8 +171,8 @@ class _Weight(nn.Module):
     return self.param(self.leaf, self.init, self.shape)
 
 
-def _swiglu(x_NE, gate_EF, up_EF, down_FE):
-  return (jax.nn.silu(x_NE @ gate_EF) * (x_NE @ up_EF)) @ down_FE
+def _swiglu(x_E, gate_EF, up_EF, down_FE):
+  return (jax.nn.silu(x_E @ gate_EF) * (x_E @ up_EF)) @ down_FE
 
 
 class MLP(nn.Module):
@@ -192,15 +189,12 @@ class MLP(nn.Module):
     up = _Weight((E, F), _in_init, name="up_proj")()
     down = _Weight((F, E), config.out_init, name="down_proj")()
     weights = [w.astype(config.dtype) for w in (gate, up, down)]
-    if jax.default_backend() != "cpu":
-      return _swiglu(x, *weights)
-    # A chunk's hidden activations stay in the processor's cache, and making
-    # them again in the backward pass costs less than fetching them.
-    return jax.lax.map(
-        jax.checkpoint(lambda x_E: _swiglu(x_E, *weights)),
+    out_NE = blockwise(
+        lambda x_E: _swiglu(x_E, *weights),
         x.reshape(-1, E),
-        batch_size=_MLP_CHUNK,
-    ).reshape(x.shape)
+        bytes_per_item=4 * F,
+    )
+    return out_NE.reshape(x.shape)
 
 
 class DecoderLayer(nn.Module):
@@ -209,7 +203,7 @@ class DecoderLayer(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x, rope_table, queries, keys=None, cache=None):
+  def __call__(self, x, rope_table, queries, keys=None, start=0, cache=None):
     """See `attention.Attention`; returns x [B, T, E] and the layer's cache."""
     config = self.config
     attend = attention.Attention(
@@ -226,12 +220,10 @@ class DecoderLayer(nn.Module):
         name="attention",
     )
     rms_norm = functools.partial(norm.RMSNorm, config.norm_eps, config.dtype)
-    mixed, cache = attend(
-        rms_norm(name="attention_norm")(x), rope_table, queries, keys, cache
-    )
-    x = x + mixed
-    x = x + MLP(config, name="mlp")(rms_norm(name="mlp_norm")(x))
-    return x, cache
+    y = rms_norm(name="attention_norm")(x)
+    y, cache = attend(y, rope_table, queries, keys, start, cache)
+    x += y
+    return x + MLP(config, name="mlp")(rms_norm(name="mlp_norm")(x)), cache
 
 
 class Llama(nn.Module):
@@ -274,17 +266,17 @@ class Llama(nn.Module):
           "ids as token_ids[..., None]"
       )
     B, T, _ = token_ids.shape
-    order = jnp.arange(T) + (0 if cache is None else cache.length)
+    start = 0 if cache is None else cache.length
     if positions is None:
-      positions = jnp.broadcast_to(order, (B, T))
+      positions = jnp.broadcast_to(start + jnp.arange(T), (B, T))
     if cache is not None and segment_ids is None:
       segment_ids = jnp.ones((B, T), jnp.int32)
-    queries = attention.Slots(order, positions, segment_ids)
+    queries = attention.Tokens(positions, segment_ids)
     keys = None if cache is None else _append(cache, queries)
     frequencies = rope.rope_frequencies(
         config.head_dim, config.rope_theta, config.rope_scaling
     )
-    shared = rope.rope_table(positions, frequencies), queries, keys
+    shared = rope.rope_table(positions, frequencies), queries, keys, start
 
     small = nn.initializers.normal(0.02)
     K, E = config.vocab_size, config.embed_dim
@@ -294,7 +286,8 @@ class Llama(nn.Module):
       head = _Weight((E, K), small, name="lm_head")()
     x_BTE = embed(embedding, token_ids).astype(config.dtype)
     x_BTE, layers = self._decode(x_BTE, shared, cache)
-    x_BTE = norm.RMSNorm(config.norm_eps, config.dtype, name="final_norm")(x_BTE)
+    final_norm = norm.RMSNorm(config.norm_eps, config.dtype, name="final_norm")
+    x_BTE = final_norm(x_BTE)
     if cache is not None:
       cache = KVCache(layers, keys, cache.length + T)
     if return_hidden:
@@ -327,11 +320,9 @@ class Llama(nn.Module):
       return scanned(config, name="layers")(x_BTE, *shared)
     layers = []
     for i in range(config.num_layers):
-      if config.scan_layers:  # scanning would also stack the cache: too slow
-        weights = jax.tree.map(lambda w: w[i], self.variables["params"]["layers"])
-        run = functools.partial(
-            DecoderLayer(config, parent=None).apply, {"params": weights}
-        )
+      if config.scan_layers:  # a scan would stack the cache, which is slow
+        weights = _index(self.variables["params"]["layers"], i)
+        run = DecoderLayer(config, parent=None).bind({"params": weights})
       else:
         run = layer(config, name=f"layers_{i}")
       x_BTE, new = run(x_BTE, *shared, cache and cache.layers[i])
@@ -339,17 +330,17 @@ class Llama(nn.Module):
     return x_BTE, layers
 
 
-def _append(cache: KVCache, new: attention.Slots) -> attention.Slots:
-  """Returns the cache's slots with the new tokens' written behind the old."""
-  T, S = new.positions.shape[1], cache.slots.positions.shape[1]
+def _append(cache: KVCache, new: attention.Tokens) -> attention.Tokens:
+  """Returns the cache's tokens with the new ones written behind the old."""
+  T, S = new.positions.shape[1], cache.tokens.positions.shape[1]
   if T > S:
     raise ValueError(f"{T} tokens don't fit a cache of {S}; make it longer")
-  write = functools.partial(
-      jax.lax.dynamic_update_slice_in_dim, start_index=cache.length, axis=1
-  )
-  return cache.slots._replace(
-      positions=write(cache.slots.positions, new.positions),
-      segment_ids=write(cache.slots.segment_ids, new.segment_ids),
+  return jax.tree.map(
+      lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+          old, new, cache.length, axis=1
+      ),
+      cache.tokens,
+      new,
   )
 
 
@@ -360,8 +351,12 @@ def head_kernel(params: dict, config: LlamaConfig) -> jax.Array:
   return params["lm_head"]["kernel"]
 
 
+def _index(stacked, i):
+  return jax.tree.map(lambda w: w[i], stacked)
+
+
 def stack_layers(params: dict) -> dict:
-  """Turns unrolled parameters (`layers_0`, ...) into scanned ones (`layers`)."""
+  """Turns unrolled parameters (`layers_0`, ...) into scanned (`layers`)."""
   params = dict(params)
   count = sum(name.startswith("layers_") for name in params)
   layers = [params.pop(f"layers_{i}") for i in range(count)]
@@ -369,13 +364,11 @@ def stack_layers(params: dict) -> dict:
 
 
 def unstack_layers(params: dict) -> dict:
-  """Inverse of `stack_layers`. Decoding is faster with unrolled parameters."""
+  """Inverts `stack_layers`. Decoding is faster with unrolled parameters."""
   params = dict(params)
   stacked = params.pop("layers")
   count = jax.tree.leaves(stacked)[0].shape[0]
-  return params | {
-      f"layers_{i}": jax.tree.map(lambda w: w[i], stacked) for i in range(count)
-  }
+  return params | {f"layers_{i}": _index(stacked, i) for i in range(count)}
 
 
 def num_parameters(config: LlamaConfig) -> int:

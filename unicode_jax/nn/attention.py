@@ -7,8 +7,8 @@ Ainslie et al., "GQA" (arXiv 2305.13245); the sliding window is Mistral's
     query a0 x
           a1 x  x
           b0       x
-          b1       x  x      order(key) <= order(query), same segment,
-                             and position gap < window where there is one
+          b1       x  x      key arrived no later, same segment, and
+                             position gap < window where there is one
 
 Padding is just one more segment (id 0): it sees itself, nobody else sees it,
 and so no row is ever without a key. There is no dropout and no fused kernel.
@@ -20,83 +20,86 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unicode_jax.nn import norm
-from unicode_jax.nn import rope
+from unicode_jax.nn import norm, rope
+from unicode_jax.nn.blockwise import blockwise
 
 _MASKED = -1e30  # finite, so that a masked score never makes a NaN
 
 
-class Slots(NamedTuple):
-  """Where tokens stand; decides what may see what. T is always last.
+class Tokens(NamedTuple):
+  """What decides, besides the order of arrival, what a token may see.
 
   Attributes:
-    order: int32[T], the order of arrival; keys that arrived later are hidden.
     positions: int32[B, T], what RoPE and the sliding window count in.
     segment_ids: int32[B, T], or None if every row is one segment.
   """
 
-  order: jax.Array
   positions: jax.Array
   segment_ids: jax.Array | None
 
-  def slice(self, start: int, stop: int) -> "Slots":
+  def cut(self, start: int, stop: int) -> "Tokens":
+    """Returns the tokens of one stretch."""
     return jax.tree.map(lambda a: a[..., start:stop], self)
 
-  def sees(self, keys: "Slots", window: int | None) -> jax.Array:
-    """Returns bool[1 or B, T, S], True where a query may see a key."""
-    seen = (self.order[:, None] >= keys.order)[None]
-    if self.segment_ids is not None:
-      seen &= self.segment_ids[:, :, None] == keys.segment_ids[:, None]
-    if window is not None:
-      gap = self.positions[:, :, None] - keys.positions[:, None]
-      seen &= gap < window
-    return seen
+
+def _sees(queries: Tokens, keys: Tokens, start, window) -> jax.Array:
+  """Draws the module's picture for one row: bool[T, S]."""
+  (T,), (S,) = queries.positions.shape, keys.positions.shape
+  seen_TS = start + jnp.arange(T)[:, None] >= jnp.arange(S)
+  if queries.segment_ids is not None:
+    seen_TS &= queries.segment_ids[:, None] == keys.segment_ids
+  if window is not None:
+    seen_TS &= queries.positions[:, None] - keys.positions < window
+  return seen_TS
 
 
-def _attend(q_BGRTA, k_BGSA, v_BGSA, seen_BTS):
+def _attend(q_GRTA, k_GSA, v_GSA, seen_TS):
   """Softmax attention, divided by the sum last: fewer passes over [T, S]."""
-  B, G, R, T, A = q_BGRTA.shape
-  scores = jnp.einsum(
-      "BGNA,BGSA->BGNS",
-      q_BGRTA.reshape(B, G, R * T, A),
-      k_BGSA,
+  G, R, T, A = q_GRTA.shape
+  scores_GRTS = jnp.einsum(
+      "GNA,GSA->GNS",
+      q_GRTA.reshape(G, R * T, A),
+      k_GSA,
       preferred_element_type=jnp.float32,
-  ).reshape(B, G, R, T, -1)
-  scores = jnp.where(seen_BTS[:, None, None], scores * A**-0.5, _MASKED)
-  highest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-  weights = jnp.exp(scores - highest)
-  out = jnp.einsum(
-      "BGNS,BGSA->BGNA",
-      weights.astype(v_BGSA.dtype).reshape(B, G, R * T, -1),
-      v_BGSA,
+  ).reshape(G, R, T, -1)
+  scores_GRTS = jnp.where(seen_TS, scores_GRTS * A**-0.5, _MASKED)
+  highest_GRT1 = scores_GRTS.max(axis=-1, keepdims=True)
+  weights_GRTS = jnp.exp(scores_GRTS - jax.lax.stop_gradient(highest_GRT1))
+  out_GRTA = jnp.einsum(
+      "GNS,GSA->GNA",
+      weights_GRTS.astype(v_GSA.dtype).reshape(G, R * T, -1),
+      v_GSA,
       preferred_element_type=jnp.float32,
-  ).reshape(B, G, R, T, A)
-  return (out / weights.sum(axis=-1, keepdims=True)).astype(v_BGSA.dtype)
+  ).reshape(G, R, T, A)
+  total_GRT1 = weights_GRTS.sum(axis=-1, keepdims=True)
+  return (out_GRTA / total_GRT1).astype(v_GSA.dtype)
 
 
 def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    queries: Slots,
-    keys: Slots | None = None,
+    queries: Tokens,
+    keys: Tokens | None = None,
+    start: int | jax.Array = 0,
     *,
     window: int | None = None,
     block: int | None = None,
 ) -> jax.Array:
   """Attends in blocks of queries.
 
-  Where keys and queries are the same tokens (`keys=None`), a block reads only
-  the keys up to its own end: half of the work of the whole square, in pieces
-  that stay in the processor's cache. On CPU that makes a train step's attention
-  about three times faster; accelerators prefer one large product.
+  Without a cache, a block reads only the keys up to its own end: half of the
+  work of the whole square, in pieces that stay in the processor's cache. On CPU
+  that makes a train step's attention about three times faster; accelerators
+  prefer one large product.
 
   Args:
-    q: [B, T, H, A] queries, H a multiple of G; head h reads key head h // (H/G).
+    q: [B, T, H, A] queries; head h reads key head h * G // H.
     k: [B, G, S, A] keys.
     v: [B, G, S, A] values.
-    queries: where the T queries stand.
-    keys: where the S keys stand, None for where the queries do.
+    queries: the T tokens that ask.
+    keys: the S tokens of a cache; None if they are the queries themselves.
+    start: int32[], the queries' first slot among the keys.
     window: a query sees keys less than `window` positions back, or None.
     block: queries at a time, 0 for all of them, None for 64 (or T / 8 if that
       is more) on CPU and all elsewhere.
@@ -104,23 +107,30 @@ def attend(
   Returns:
     [B, T, H, A], in the dtype of `v`; scores and their sum are float32.
   """
-  B, T, H, A = q.shape
-  G = k.shape[1]
+  (B, T, H, A), (_, G, S, _) = q.shape, k.shape
   if block is None:
     block = max(64, -(-T // 8)) if jax.default_backend() == "cpu" else 0
-  block = block or T
+
+  def one_row(inputs):
+    q_GRTA, k_GSA, v_GSA, queries, keys = inputs
+    outs = []
+    for first in range(0, T, block or T):
+      last = min(first + (block or T), T)
+      end = last if keys is None else S
+      seen_TS = _sees(
+          queries.cut(first, last),
+          (keys or queries).cut(0, end),
+          start + first,
+          window,
+      )
+      q_block = q_GRTA[:, :, first:last]
+      outs.append(_attend(q_block, k_GSA[:, :end], v_GSA[:, :end], seen_TS))
+    return jnp.concatenate(outs, axis=2)
+
   q_BGRTA = q.reshape(B, T, G, H // G, A).transpose(0, 2, 3, 1, 4)
-  outs = []
-  for start in range(0, T, block):
-    stop = min(start + block, T)
-    end = stop if keys is None else k.shape[2]
-    seen = queries.slice(start, stop).sees(
-        (keys or queries).slice(0, end), window
-    )
-    outs.append(
-        _attend(q_BGRTA[:, :, :, start:stop], k[:, :, :end], v[:, :, :end], seen)
-    )
-  out_BGRTA = jnp.concatenate(outs, axis=3)
+  out_BGRTA = blockwise(
+      one_row, (q_BGRTA, k, v, queries, keys), bytes_per_item=4 * H * T * S
+  )
   return out_BGRTA.transpose(0, 3, 1, 2, 4).reshape(B, T, H, A)
 
 
@@ -156,8 +166,9 @@ class Attention(nn.Module):
       self,
       x: jax.Array,
       rope_table: tuple[jax.Array, jax.Array],
-      queries: Slots,
-      keys: Slots | None = None,
+      queries: Tokens,
+      keys: Tokens | None = None,
+      start: int | jax.Array = 0,
       cache: tuple[jax.Array, jax.Array] | None = None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Mixes tokens.
@@ -165,10 +176,10 @@ class Attention(nn.Module):
     Args:
       x: [B, T, E].
       rope_table: of the queries' positions, from `rope.rope_table`.
-      queries: where x stands.
-      keys: the cache's slots, this call's tokens included; None without one.
-      cache: this layer's keys and values, [B, G, S, A] each, or None. The new
-        ones are written from slot `queries.order[0]` on.
+      queries: the T tokens of x.
+      keys: the cache's tokens, these included; None without a cache.
+      start: int32[], the first slot of the cache to write.
+      cache: this layer's keys and values, [B, G, S, A] each, or None.
 
     Returns:
       [B, T, E] and the updated cache (None without one).
@@ -193,13 +204,13 @@ class Attention(nn.Module):
     if cache is not None:
       cache = tuple(
           jax.lax.dynamic_update_slice_in_dim(
-              old, new.astype(old.dtype), queries.order[0], axis=2
+              old, new.astype(old.dtype), start, axis=2
           )
           for old, new in zip(cache, (k_BGSA, v_BGSA))
       )
       k_BGSA, v_BGSA = (y.astype(self.dtype) for y in cache)
     out_BTHA = attend(
-        q_BTHA, k_BGSA, v_BGSA, queries, keys,
+        q_BTHA, k_BGSA, v_BGSA, queries, keys, start,
         window=self.window, block=self.block,
     )
     out = nn.Dense(
