@@ -56,12 +56,12 @@ def default_config() -> ConfigDict:
   config.image_size = 32
   # Steps of the alternation, tokenizer and LLM together. The decoder-only steps
   # after it (schedule.finetune_steps) come on top.
-  config.num_steps = 1500
+  config.num_steps = 900
   # Periods, steps. Each also happens once at the end of the run.
   config.log_every = 50
-  config.eval_every = 500
-  config.picture_every = 500
-  config.checkpoint_every = 500
+  config.eval_every = 450
+  config.picture_every = 450
+  config.checkpoint_every = 300
   # Newest checkpoints that stay on disk.
   config.keep_checkpoints = 2
   # Platform to insist on ("cpu", "gpu", "tpu"); None takes JAX's choice.
@@ -113,7 +113,7 @@ def default_config() -> ConfigDict:
   # D: codes per position.
   tokenizer.depth = 4
   # Width of the first grid; its multiple on each further, halved grid.
-  tokenizer.channels = 64
+  tokenizer.channels = 128
   tokenizer.channel_multipliers = (1, 2)
   # Residual blocks on each grid, in the encoder and in the decoder.
   tokenizer.num_res_blocks = 1
@@ -139,7 +139,7 @@ def default_config() -> ConfigDict:
   # installed packages'.
   loss.perceptual = 0.0
   loss.perceptual_weights = placeholder(str)
-  # PatchGAN hinge loss, on after disc_start tokenizer steps; critic width.
+  # PatchGAN hinge loss, on after disc_start steps of the run; critic width.
   loss.adversarial = 0.0
   loss.disc_start = 0
   loss.disc_channels = 64
@@ -157,7 +157,7 @@ def default_config() -> ConfigDict:
   # Rows of unit length, hence selection by cosine.
   codebook.l2_normalize = True
   # Language-driven sync, C <- decay C + (1 - decay) V(E), and its period in
-  # tokenizer steps.
+  # steps of either kind.
   codebook.sync_decay = 0.9
   codebook.sync_every = 50
   # How the tokenizer trains its table: "gradient" or "ema".
@@ -206,7 +206,7 @@ def default_config() -> ConfigDict:
 
   config.optimizer = optimizer = ConfigDict()
   for name, learning_rate, clip_norm in (
-    ("tokenizer", 1e-3, 1.0),
+    ("tokenizer", 2e-3, 1.0),
     ("llm", 1e-3, 1.0),
     ("discriminator", 1e-4, 1.0),
   ):

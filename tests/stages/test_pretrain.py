@@ -8,6 +8,7 @@ import pytest
 
 from configs import pretrain as pretrain_config
 from unicode_jax import codebook as codebook_lib, config as config_lib, sharding
+from unicode_jax.data import pipeline
 from unicode_jax.stages import pretrain, tokenizer as tokenizer_stage
 from unicode_jax.training import loop
 
@@ -116,10 +117,15 @@ def test_paradigms_move_what_they_may(tmp_path):
   assert drift("dual") == 0.0
   assert drift("frozen") > 0.0
 
-  # The decoder-only finetune leaves encoder and codebook as they were.
-  for name, rows in (
-    (name, rows_without_timing(tmp_path / name)) for name in states
-  ):
+  # H9: control tokens, bytes and delimiters are never codes.
+  for name, stage in stages.items():
+    images = pipeline.to_float(stage.data.heldout_images["openmoji_heldout"])
+    codes = np.asarray(stage.model.encode(variables[name], images).codes)
+    assert stage.valid[codes].all(), name
+
+  # Drift and agreement are logged, and tell the paradigms apart (H3).
+  for name in states:
+    rows = rows_without_timing(tmp_path / name)
     logged = [row for row in rows if "code_agreement" in row]
     assert all("drift" in row for row in logged), name
     if name == "projected":
@@ -127,6 +133,26 @@ def test_paradigms_move_what_they_may(tmp_path):
       assert all(row["code_agreement"] == 1.0 for row in logged)
     else:
       assert any(row["drift"] > 0.0 for row in logged), name
+
+
+def test_the_finetune_moves_the_decoder_alone(tmp_path):
+  """After the snap every image keeps its codes (H3)."""
+  config = make_config()
+  stage, before = train(config, tmp_path, until_step=config.num_steps)
+  _, after = train(config, tmp_path)
+  images = pipeline.to_float(stage.data.heldout_images["easy_vqa_test"][:64])
+  np.testing.assert_array_equal(
+    stage.model.encode(before.variables, images).codes,
+    stage.model.encode(after.variables, images).codes,
+  )
+  changed = jax.tree.map(
+    lambda a, b: bool((a != b).any()),
+    before.variables.params,
+    after.variables.params,
+  )
+  assert any(jax.tree.leaves(changed["decoder"]))
+  for group in ("encoder", "codebook", "llm"):
+    assert not any(jax.tree.leaves(changed[group])), group
 
 
 def test_the_run_folder_holds_everything(tmp_path):

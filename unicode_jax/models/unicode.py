@@ -99,7 +99,7 @@ class UniCode:
       self.codebook,
     )
 
-  def language_view(self, variables: Variables) -> jax.Array:
+  def language_table(self, variables: Variables) -> jax.Array:
     """Returns what the table would be if it were the LLM's, [K, code_dim]."""
     return codebook_lib.language_table(
       variables.params["codebook"],

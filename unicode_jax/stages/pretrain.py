@@ -18,13 +18,13 @@ import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import (
   codebook as codebook_lib,
   config as config_lib,
   data as data_lib,
+  quantizer as quantizer_lib,
   sharding,
 )
 from unicode_jax.data import pipeline
@@ -163,11 +163,15 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
   @functools.partial(jax.jit, static_argnums=0)
   def _unity(self, variables, image):
     model = self.model
-    z = model.features(variables, image)
-    own = model.quantize(variables, z).codes
-    language = model.quantize(
-      variables, z, model.language_view(variables)
-    ).codes
+    agreement = quantizer_lib.code_agreement(
+      model.features(variables, image),
+      model.table(variables),
+      model.language_table(variables),
+      variables.codebook_state["gain"],
+      variables.valid,
+      kind=model.quantizer,
+      depth=model.depth,
+    )
     drift = codebook_lib.drift(
       variables.params["codebook"],
       variables.codebook_state,
@@ -175,7 +179,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       variables.valid,
       model.codebook,
     )
-    return {"drift": drift, "code_agreement": jnp.mean(own == language)}
+    return {"drift": drift, "code_agreement": agreement}
 
   def summarize(self, state, window, batch) -> dict[str, float]:
     """Adds drift and code agreement (H3), on the window's last images."""

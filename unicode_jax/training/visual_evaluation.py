@@ -42,7 +42,7 @@ def _batch_sums(model, variables, image, weight, with_pixels):
     "left": left @ weight,
   }
   if model.llama is not None:
-    other = model.quantize(variables, z, model.language_view(variables)).codes
+    other = model.quantize(variables, z, model.language_table(variables)).codes
     sums["agree"] = jnp.mean(other == codes, axis=(1, 2, 3)) @ weight
   if with_pixels:
     decoded = decode_prefixes(model, variables, output.partial)
