@@ -26,8 +26,8 @@ What is trained is `params`, what is only updated is `state`:
   projected                projection   gain
   private                  table        gain, last_used
 
-and with `update_rule="ema"` also `ema_counts`. All functions are pure and can be
-jitted with `config` static. Does not do: the search (`kernels.nearest_code`),
+and with `update_rule="ema"` also `ema_counts`. All functions are pure and can
+be jitted with `config` static. Does not do: the search (`kernels.nearest_code`),
 the residuals and their losses (`quantizer`), or deciding when to sync.
 """
 
@@ -388,7 +388,8 @@ def ema_update(params, state, counts, sums, config: CodebookConfig):
   """
   if config.update_rule != "ema":
     raise ValueError(
-      f'codebook.update_rule={config.update_rule!r} keeps no averages: use "ema".'
+      f"codebook.update_rule={config.update_rule!r} keeps no averages: use "
+      '"ema".'
     )
   counts, sums = lax.stop_gradient((counts, sums))
   weight = 1 - config.ema_decay

@@ -63,9 +63,24 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   if config.platform:
     os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.
+  _check_platform(config.platform)
   stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
   stage.run(config, workdir)
   return 0
+
+
+def _check_platform(platform: str | None) -> None:
+  """Raises unless JAX has the device that was asked for."""
+  import jax  # pylint: disable=g-import-not-at-top
+
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    reason = str(error).splitlines()[0]
+    raise config_lib.ConfigError(
+      f"platform={platform!r} cannot be used here ({reason}): install JAX for "
+      "it, or leave config.platform unset to take what there is"
+    ) from error
 
 
 def run() -> None:

@@ -314,6 +314,27 @@ def heldout_image_batches(
     yield {"image": to_float(np.pad(chunk, fill)), "weight": weight}
 
 
+def source_batches(
+  source: sources_lib.ImageSource, max_images: int, batch_size: int = 64
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields `heldout_image_batches` of a source, reading one at a time.
+
+  Args:
+    source: images.
+    max_images: of a larger source, this many are taken, evenly spread.
+    batch_size: images at a time.
+
+  Yields:
+    As `heldout_image_batches`.
+  """
+  count = min(len(source), max_images)
+  chosen = np.linspace(0, len(source) - 1, count).round().astype(int)
+  for start in range(0, count, batch_size):
+    rows = chosen[start : start + batch_size]
+    images = np.stack([source[int(row)]["image"] for row in rows])
+    yield from heldout_image_batches(images, batch_size)
+
+
 def _per_process(
   global_batch_size: int, process_index: int, process_count: int
 ) -> int:

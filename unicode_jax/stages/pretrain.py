@@ -215,13 +215,12 @@ def run(config, workdir: pathlib.Path) -> None:
   workdir = pathlib.Path(workdir)
   config_lib.check_devices(config, jax.device_count())
   mesh = sharding.make_mesh(**config.mesh)
-  run_folder.claim(workdir, config)
+  run_folder.check(workdir, config)
   data = tokenizer_stage.load_data(config, with_text=True)
   text = config.text
-  valid = data.text_tokenizer.visual_code_mask(
-    text.image_start, text.image_end, text.vocab_size
-  )
+  with tokenizer_stage.config_errors():
+    valid = data.text_tokenizer.visual_code_mask(
+      text.image_start, text.image_end, text.vocab_size
+    )
   stage = PretrainStage(config, data, build_model(config), valid)
-  if jax.process_index() == 0:
-    data.text_tokenizer.save(workdir / "text_tokenizer")
   tokenizer_stage.train_and_report(stage, config, workdir, mesh, CURVES)

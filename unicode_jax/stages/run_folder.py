@@ -1,8 +1,6 @@
-"""The run folder: claims it for one config and keeps that config in it."""
+"""The run folder: belongs to one config, which it keeps."""
 
 import pathlib
-
-from absl import logging
 
 from unicode_jax import config as config_lib
 
@@ -20,11 +18,11 @@ FREE_KEYS = (
 )
 
 
-def claim(workdir: pathlib.Path, config) -> None:
-  """Writes the resolved config, or checks that it is the one already there.
+def check(workdir: pathlib.Path, config) -> None:
+  """Checks that a folder is free or holds a run of this config to resume.
 
   Args:
-    workdir: Run folder, made if missing.
+    workdir: Run folder.
     config: Resolved ConfigDict.
 
   Raises:
@@ -45,7 +43,16 @@ def claim(workdir: pathlib.Path, config) -> None:
         f"{workdir} holds a run of another config ({'; '.join(differing)}): "
         "choose another --workdir, or the same config to resume it"
       )
-    logging.info("resuming the run in %s", workdir)
+
+
+def claim(workdir: pathlib.Path, config) -> None:
+  """Makes the folder and writes the resolved config into it.
+
+  Args:
+    workdir: Run folder, checked.
+    config: Resolved ConfigDict.
+  """
+  path = workdir / "config.json"
   workdir.mkdir(parents=True, exist_ok=True)
   temporary = path.with_suffix(".tmp")
   temporary.write_text(config_lib.to_json(config))

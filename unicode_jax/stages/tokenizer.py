@@ -4,6 +4,7 @@ METHOD section 2: encoder, quantizer and decoder, no LLM. Stage I
 (`stages.pretrain`) builds on the same class.
 """
 
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -37,6 +38,8 @@ from unicode_jax.training import (
 )
 
 PICTURES_PER_SET = 8
+# Of each source, for the final statistics of codes over the training set.
+MAX_TRAINING_IMAGES = 50_000
 
 CURVES = {
   "Reconstruction loss": ("tokenizer/l1_loss", "tokenizer/l2_loss"),
@@ -103,12 +106,25 @@ def load_data(config, *, with_text: bool) -> data_lib.Data:
 
   Returns:
     Images, and texts with their tokenizer.
+
+  Raises:
+    ConfigError: If what the config names is not there or of no use.
   """
-  return data_lib.load_data(
-    data_lib.DataConfig(**config.data),
-    data_lib.TextConfig(**config.text) if with_text else None,
-    config.image_size,
-  )
+  with config_errors():
+    return data_lib.load_data(
+      data_lib.DataConfig(**config.data),
+      data_lib.TextConfig(**config.text) if with_text else None,
+      config.image_size,
+    )
+
+
+@contextlib.contextmanager
+def config_errors():
+  """Turns errors about what a config names into errors of the config."""
+  try:
+    yield
+  except (ValueError, ImportError, OSError) as error:
+    raise config_lib.ConfigError(str(error)) from error
 
 
 class TokenizerStage:
@@ -150,7 +166,10 @@ class TokenizerStage:
         optimizer=self.optimizers["discriminator"],
       )
     if loss.perceptual > 0:
-      self.perceptual_weights = perceptual.load_weights(loss.perceptual_weights)
+      with config_errors():
+        self.perceptual_weights = perceptual.load_weights(
+          loss.perceptual_weights
+        )
     self.phases = self._make_phases()
 
   def _optimizer(self, name: str, num_steps: int):
@@ -286,7 +305,7 @@ class TokenizerStage:
         self.model,
         state.variables,
         itertools.chain.from_iterable(
-          pipeline.heldout_image_batches(source.images())
+          pipeline.source_batches(source, MAX_TRAINING_IMAGES)
           for source in self.data.image_sources
         ),
       )
@@ -348,12 +367,17 @@ def train_and_report(
   Args:
     stage: What to train.
     config: Resolved ConfigDict.
-    workdir: Run folder, already claimed.
+    workdir: Run folder, checked.
     mesh: Device mesh.
     curves: Groups of curves for the report.
   """
+  is_main = jax.process_index() == 0
+  if is_main:
+    run_folder.claim(workdir, config)
+    if stage.data.text_tokenizer is not None:
+      stage.data.text_tokenizer.save(workdir / "text_tokenizer")
   loop.train(stage, workdir, loop_config(config), mesh)
-  if jax.process_index() == 0:
+  if is_main:
     facts = {
       "stage": config.stage,
       "preset": config.preset or "default",
@@ -382,7 +406,7 @@ def run(config, workdir: pathlib.Path) -> None:
   workdir = pathlib.Path(workdir)
   config_lib.check_devices(config, jax.device_count())
   mesh = sharding.make_mesh(**config.mesh)
-  run_folder.claim(workdir, config)
+  run_folder.check(workdir, config)
   data = load_data(config, with_text=False)
   valid = np.ones(config.text.vocab_size, bool)
   stage = TokenizerStage(config, data, build_model(config), valid)

@@ -20,23 +20,26 @@ class Window:
 
   def __init__(self):
     """Starts empty."""
-    self._steps: dict[str, list[jax.Array]] = {}
+    self._scalars: dict[str, list[jax.Array]] = {}
+    self._sums: dict[str, jax.Array] = {}
 
   def add(self, metrics: Mapping[str, jax.Array]) -> None:
     """Adds one step's metrics without waiting for the device."""
     for name, value in metrics.items():
-      self._steps.setdefault(name, []).append(value)
+      if value.ndim == 0:
+        self._scalars.setdefault(name, []).append(value)
+      elif name in self._sums:
+        self._sums[name] = self._sums[name] + value
+      else:
+        self._sums[name] = value
 
   def flush(self) -> dict[str, np.ndarray]:
     """Returns means (scalars) and sums (arrays), and empties the window."""
-    values = jax.device_get(self._steps)
-    self._steps = {}
+    scalars, sums = jax.device_get((self._scalars, self._sums))
+    self.__init__()
     return {
-      name: np.mean(v, axis=0, dtype=np.float64)
-      if np.ndim(v[0]) == 0
-      else np.sum(v, axis=0, dtype=np.float64)
-      for name, v in values.items()
-    }
+      name: np.mean(v, dtype=np.float64) for name, v in scalars.items()
+    } | sums
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, float]]:
