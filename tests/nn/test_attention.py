@@ -31,7 +31,7 @@ def reference(q, k, v, tokens, window):
 
 @pytest.mark.parametrize("in_rows", [False, True])
 @pytest.mark.parametrize("packed, window", [(False, None), (True, 3)])
-@pytest.mark.parametrize("block", [0, 4, None])
+@pytest.mark.parametrize("block", [0, 4])
 def test_against_reference(monkeypatch, block, packed, window, in_rows):
   if in_rows:
     monkeypatch.setattr(blockwise_lib, "_WHOLE_BYTES", 0)
