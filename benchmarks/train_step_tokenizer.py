@@ -1,17 +1,22 @@
-"""One tokenizer train step (forward, backward, AdamW) beside PyTorch.
+"""One tokenizer train step of stage I beside PyTorch.
 
-The same encoder and decoder, without quantizer, on the same pictures, in
-float32. Torch runs eagerly, in both memory formats; the faster one counts. The
-parameters are copied first and the outputs must agree, so that the same thing
-is timed. All are timed in turns, one step each, and the medians compared:
+The step is `training.steps.make_tokenizer_step` as stage I builds it: encoder,
+residual quantization with rows of the LLM's token table (language_driven, 4
+codes a position, 16 dimensions, 2048 ids of which 261 are reserved), decoder,
+L1, L2, commitment and codebook losses, backward, clipping, AdamW, gains and
+what is measured for the log; in float32. Torch does the same eagerly, in both
+memory formats; the faster one counts. Both begin with the same parameters, and
+codes, loss and gradient norm of the first step must agree, so that the same
+thing is timed. All are timed in turns, one step each, and the medians compared:
 
   python benchmarks/train_step_tokenizer.py
   python benchmarks/train_step_tokenizer.py --model=vqgan --threads=1
 
-`AdamW(fused=True)` and convolutions where ours rearranges are torch's fastest
-eager settings on CPU. The figures mean nothing on a busy machine, so the load
-average is printed with them; with one thread, add --cpu-time to count the
-process's CPU time, which a busy machine disturbs less.
+`AdamW(fused=True)`, searching only the rows that may be codes, and convolutions
+where ours rearranges are torch's fastest eager settings on CPU. The load
+average is printed, because the figures mean nothing on a busy machine, and with
+several threads least of all: torch's wait for each other where a core is taken.
+There, use --threads=1 --cpu-time, which counts the process's CPU time.
 """
 
 import argparse
@@ -26,27 +31,17 @@ for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
 
 import numpy as np  # noqa: E402
 
+# What differs from the default config.
 MODELS = {
-  # The small preset of configs/pretrain.py.
-  "small": {
-    "image_size": 32,
-    "code_dim": 16,
-    "channels": 128,
-    "channel_multipliers": (1, 2),
-    "num_res_blocks": 1,
-    "stem_patch": 4,
-    "batch": 64,
-  },
+  "small": {},
   # VQ-GAN's way: convolutions from the full resolution on.
   "vqgan": {
     "image_size": 64,
-    "code_dim": 64,
-    "channels": 64,
-    "channel_multipliers": (1, 2, 4),
-    "num_res_blocks": 1,
-    "stem_patch": 1,
-    "attention": True,
-    "batch": 16,
+    "data.global_batch_size": 16,
+    "tokenizer.channels": 64,
+    "tokenizer.channel_multipliers": (1, 2, 4),
+    "tokenizer.stem_patch": 1,
+    "tokenizer.attention": True,
   },
 }
 
@@ -188,76 +183,207 @@ def random_parameters(config, seed=0):
   return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def reconstruct(config, params, image):
-  """Encodes and decodes, without quantizing."""
-  from unicode_jax.models import tokenizer
+def make_stage(overrides):
+  """Builds the tokenizer's half of stage I, without its data.
 
-  features = tokenizer.Encoder(config).apply(
-    {"params": params["encoder"]}, image
-  )
-  return tokenizer.Decoder(config).apply(
-    {"params": params["decoder"]}, features
-  )
+  Args:
+    overrides: What differs from the default config.
 
-
-def jax_step(config, params, image):
-  """Returns a function that does one train step and gives the loss."""
+  Returns:
+    The stage, its config, and its first state with `random_parameters`.
+  """
   import jax
   import jax.numpy as jnp
-  import optax
 
-  from unicode_jax.training import reconstruction_loss
+  from unicode_jax import config as config_lib
+  from unicode_jax.models import llama as llama_lib
+  from unicode_jax.stages import tokenizer as tokenizer_stage
 
-  optimizer = optax.adamw(1e-3, weight_decay=0.01)
+  config = config_lib.apply_overrides(config_lib.default_config(), overrides)
+  # Only its token table matters.
+  llama = llama_lib.LlamaConfig(
+    vocab_size=config.text.vocab_size,
+    embed_dim=config.llm.embed_dim,
+    num_layers=1,
+    num_heads=1,
+    num_kv_heads=1,
+    mlp_dim=8,
+    tie_embeddings=True,
+  )
+  valid = np.arange(config.text.vocab_size) >= config_lib.RESERVED_TOKENS
+  model = tokenizer_stage.build_model(config, llama)
+  stage = tokenizer_stage.TokenizerStage(config, None, model, valid)
+  state = jax.jit(stage.init)(jax.random.key(0))
+  drawn = jax.tree.map(jnp.array, random_parameters(model.tokenizer))
+  variables = state.variables.replace(
+    params={**state.variables.params, **drawn}
+  )
+  return stage, config, state.replace(variables=variables)
 
-  def loss_fn(params, image):
-    reconstruction = reconstruct(config, params, image)
-    return reconstruction_loss.l1_loss(
-      image, reconstruction
-    ) + reconstruction_loss.l2_loss(image, reconstruction)
 
-  @jax.jit(donate_argnums=(0, 1))
-  def step(params, state, image):
-    loss, grads = jax.value_and_grad(loss_fn)(params, image)
-    updates, state = optimizer.update(grads, state, params)
-    return optax.apply_updates(params, updates), state, loss
+def jax_step(stage, state, image):
+  """Returns a function that does one train step and gives its metrics."""
+  import jax
+  import jax.numpy as jnp
 
-  params = jax.tree.map(jnp.asarray, params)
-  state = [params, optimizer.init(params)]
-  image = jnp.asarray(image)
+  phase = stage.phase(0)
+  step = jax.jit(phase.step, donate_argnums=0)
+  batch = {"image": jnp.asarray(image)}
 
   def run():
-    *state[:], loss = step(*state, image)
-    return float(loss)
+    nonlocal state
+    state, metrics = jax.block_until_ready(step(state, batch, phase.constants))
+    return {
+      "loss": float(metrics["tokenizer/loss"]),
+      "gradient_norm": float(metrics["tokenizer/gradient_norm"]),
+    }
 
   return run
 
 
-def torch_step(config, params, image, channels_last):
-  """The same in eager PyTorch."""
+def torch_quantize(z, table, valid, gain, depth):
+  """Quantizes residually, as `quantizer.quantize` of kind "rq" does.
+
+  Args:
+    z: float32[N, C].
+    table: float32[K, C].
+    valid: int64[V], ids that may be chosen.
+    gain: float32[D], None before the first fit.
+    depth: D.
+
+  Returns:
+    codes int64[D, N]; the sums after each depth, float32[D, N, C], with their
+    gradient to the table; and the least-squares gains float32[D].
+  """
   import torch
   from torch.nn import functional
 
+  with torch.no_grad():
+    rows = table[valid]
+    bias = rows.square().sum(1) / 2
+    residual, codes, fits, gains = z, [], [], []
+    for d in range(depth):
+      if gain is None:
+        scale = (residual.square().mean() / rows.square().mean()).sqrt()
+      else:
+        scale = gain[d]
+      # Faster than torch.cdist.
+      best = torch.addmm(bias, residual / scale, rows.T, alpha=-1).argmin(1)
+      chosen = rows[best]
+      fits.append((residual * chosen).sum() / chosen.square().sum())
+      gains.append(fits[-1] if gain is None else scale)
+      residual = residual - gains[-1] * chosen
+      codes.append(valid[best])
+    codes, fits, gains = map(torch.stack, (codes, fits, gains))
+  emitted = gains[:, None, None] * functional.embedding(codes, table)
+  return codes, emitted.cumsum(0), fits
+
+
+def torch_step(stage, config, variables, image, channels_last):
+  """The same in eager PyTorch; the metrics hold the codes, too."""
+  import torch
+  from torch.nn import functional
+
+  from unicode_jax.training import optimizer as optimizer_lib
+
   layout = torch.channels_last if channels_last else torch.contiguous_format
-  model = torch_autoencoder(config, params).to(memory_format=layout)
+  model = torch_autoencoder(stage.model.tokenizer, variables.params)
+  model = model.to(memory_format=layout)
+  table = torch.nn.Parameter(
+    torch.tensor(np.array(variables.params["codebook"]["table"]))
+  )
+  valid = torch.tensor(np.flatnonzero(stage.valid))
+  depth, gain = stage.model.depth, None
+  loss_weights = config.tokenizer.loss
+
+  settings = optimizer_lib.OptimizerConfig(**config.optimizer.tokenizer)
+  schedule = optimizer_lib.learning_rate_schedule(settings, config.num_steps)
+  learning_rates = iter(np.array(schedule(np.arange(10_000))).tolist())
+  parameters = [*model.parameters(), table]
   optimizer = torch.optim.AdamW(
-    model.parameters(), 1e-3, weight_decay=0.01, fused=True
+    [
+      {
+        "params": [p for p in parameters if p.ndim > 1],
+        "weight_decay": settings.weight_decay,
+      },
+      {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+    ],
+    betas=(settings.b1, settings.b2),
+    fused=True,
   )
   image = torch.tensor(image.transpose(0, 3, 1, 2)).contiguous(
     memory_format=layout
   )
 
   def run():
+    nonlocal gain
     optimizer.zero_grad()
-    output = model(image)
-    loss = functional.l1_loss(output, image) + functional.mse_loss(
-      output, image
+    features = model.encoder(image)
+    grid = features.permute(0, 2, 3, 1)
+    z = grid.reshape(-1, grid.shape[-1])
+    rows = functional.normalize(table, dim=1)
+    codes, partial, fits = torch_quantize(z.detach(), rows, valid, gain, depth)
+    quantized = (z + (partial[-1] - z).detach()).reshape(grid.shape)
+    quantized = quantized.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    output = model.decoder(quantized)
+    loss = (
+      loss_weights.l1 * functional.l1_loss(output, image)
+      + loss_weights.l2 * functional.mse_loss(output, image)
+      + loss_weights.commitment * (z - partial.detach()).square().mean()
+      + loss_weights.codebook * (z.detach() - partial).square().mean()
     )
     loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+    learning_rate = next(learning_rates)
+    for group in optimizer.param_groups:
+      group["lr"] = learning_rate
     optimizer.step()
-    return loss.item()
+    with torch.no_grad():
+      decay = config.codebook.gain_decay
+      gain = fits if gain is None else decay * gain + (1 - decay) * fits
+      # What our step measures for the log.
+      error = (output.clamp(-1, 1) - image).square().mean((1, 2, 3))
+      offset = len(table) * torch.arange(depth)[:, None]
+      metrics = {
+        "psnr": (10 * torch.log10(4 / error.clamp(min=4e-10))).mean(),
+        "feature_std": z.std(correction=0),
+        "code_counts": torch.bincount(
+          (codes + offset).ravel(), minlength=depth * len(table)
+        ),
+        "residual_energy": (z - partial).square().sum((1, 2))
+        / z.square().sum(),
+      }
+    return metrics | {
+      "loss": loss.item(),
+      "gradient_norm": norm.item(),
+      "codes": codes.T.reshape(*grid.shape[:-1], depth),
+    }
 
   return run
+
+
+def check(ours, codes, theirs, name):
+  """Stops unless the first step of one equals the other's.
+
+  Args:
+    ours: Metrics of our first step.
+    codes: int32[B, h, w, D], our codes at that step.
+    theirs: Metrics of torch's first step.
+    name: What torch ran.
+  """
+  same = np.mean(theirs["codes"].numpy() == codes)
+  errors = {
+    metric: abs(theirs[metric] - ours[metric]) / ours[metric]
+    for metric in ("loss", "gradient_norm")
+  }
+  print(
+    f"{name}: {same:.3%} of {codes.size} codes are jax's, loss off by "
+    f"{errors['loss']:.1e}, gradient norm by {errors['gradient_norm']:.1e}"
+  )
+  if not (
+    same >= 0.999 and errors["loss"] <= 1e-4 and errors["gradient_norm"] <= 1e-2
+  ):
+    raise SystemExit("the two steps differ: nothing timed")
 
 
 def main():
@@ -273,38 +399,37 @@ def main():
   os.sched_setaffinity(0, cpus)
   os.environ["JAX_PLATFORMS"] = "cpu"
 
+  import jax
   import torch
 
-  from unicode_jax.models import tokenizer
-
   torch.set_num_threads(len(cpus))
-  shape = dict(MODELS[args.model])
-  batch = shape.pop("batch")
-  config = tokenizer.TokenizerConfig(**shape)
-  params = random_parameters(config)
-  size = config.image_size
+  stage, config, state = make_stage(MODELS[args.model])
+  batch, size = config.data.global_batch_size, config.image_size
   image = np.random.default_rng(1).uniform(-1, 1, (batch, size, size, 3))
   image = image.astype(np.float32)
 
-  with torch.no_grad():
-    theirs = torch_autoencoder(config, params)(
-      torch.tensor(image[:2].transpose(0, 3, 1, 2))
-    )
-  error = np.abs(
-    reconstruct(config, params, image[:2])
-    - theirs.numpy().transpose(0, 2, 3, 1)
-  ).max()
-  if error > 1e-4:
-    raise SystemExit(f"the two networks differ by {error:.2g}: nothing timed")
-
+  encode = jax.jit(lambda variables: stage.model.encode(variables, image).codes)
+  codes = np.array(encode(state.variables))
+  trained = [state.variables.params[name] for name in stage.trained]
+  count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+  variables = state.variables
   runs = {
-    "jax": jax_step(config, params, image),
-    "torch channels_last": torch_step(config, params, image, True),
-    "torch NCHW": torch_step(config, params, image, False),
+    "torch channels_last": torch_step(stage, config, variables, image, True),
+    "torch NCHW": torch_step(stage, config, variables, image, False),
   }
+  runs = {"jax": jax_step(stage, state, image)} | runs
+  del state, variables
+
+  # The learning rate begins at 0, so the third loss is the first to show what
+  # the optimizers did.
+  first = {name: [run() for _ in range(4)] for name, run in runs.items()}
+  for name in list(runs)[1:]:
+    check(first["jax"][0], codes, first[name][0], name)
+  for name, metrics in first.items():
+    losses = " ".join(f"{step['loss']:.4f}" for step in metrics)
+    print(f"{name}: first losses {losses}")
+
   clock = time.process_time if args.cpu_time else time.perf_counter
-  for name, run in runs.items():
-    print(f"{name}: first losses {run():.4f} {run():.4f}")
   seconds = {name: [] for name in runs}
   for _ in range(args.repeats):
     for name, run in runs.items():
@@ -312,11 +437,12 @@ def main():
       run()
       seconds[name].append(clock() - start)
 
-  count = sum(p.numel() for p in torch_autoencoder(config, params).parameters())
   print(
-    f"{args.model}: batch {batch}, {shape}, {count / 1e6:.2f} M parameters, "
-    f"{len(cpus)} threads, {'CPU' if args.cpu_time else 'wall'} time, "
-    f"{args.repeats} repeats, load {os.getloadavg()[0]:.1f}"
+    f"{args.model}: batch {batch}, {stage.model.tokenizer}, RQ depth "
+    f"{stage.model.depth} of {config.text.vocab_size} ids, {count / 1e6:.2f} M "
+    f"trained parameters, {len(cpus)} threads, "
+    f"{'CPU' if args.cpu_time else 'wall'} time, {args.repeats} repeats, "
+    f"load {os.getloadavg()[0]:.1f}"
   )
   medians = {}
   for name, values in seconds.items():

@@ -81,7 +81,12 @@ def test_equals_pytorch(attention):
   image = image.astype(np.float32)
   twin = benchmark.torch_autoencoder(config, params)
   theirs = twin(torch.tensor(image.transpose(0, 3, 1, 2))).detach().numpy()
-  ours = benchmark.reconstruct(config, params, image)
+  features = tokenizer.Encoder(config).apply(
+    {"params": params["encoder"]}, image
+  )
+  ours = tokenizer.Decoder(config).apply(
+    {"params": params["decoder"]}, features
+  )
   assert np.std(ours) > 0.1
   np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), atol=1e-4)
 
