@@ -9,6 +9,7 @@ cores. Baselines (mean image, average pooling) are computed from the same data.
 """
 
 import argparse
+import os
 import pathlib
 import platform
 import shutil
@@ -16,20 +17,30 @@ import statistics
 import subprocess
 import sys
 
+import jax
 import numpy as np
 
+import unicode_jax
 from unicode_jax import config as config_lib
 from unicode_jax.stages import tokenizer as tokenizer_stage
 from unicode_jax.training import metrics as metrics_lib
 
 PARADIGMS = ("frozen", "dual", "language_driven", "projected")
-POOLING_WINDOW = 8
+POOLING_WINDOWS = (8, 4)
 
 
 def psnr(image: np.ndarray, other: np.ndarray) -> float:
   """Returns the mean PSNR over images, dB, of uint8[N, S, S, 3] pixels."""
   error = np.square(image.astype(np.float64) - other).mean(axis=(1, 2, 3))
   return float(np.mean(10 * np.log10(255**2 / np.maximum(error, 1e-9))))
+
+
+def blown_up_averages(images: np.ndarray, window: int) -> np.ndarray:
+  """Averages uint8[N, S, S, 3] over windows and repeats each average."""
+  count, size = images.shape[:2]
+  cells = size // window
+  pooled = images.reshape(count, cells, window, cells, window, 3)
+  return pooled.mean(axis=(2, 4)).repeat(window, 1).repeat(window, 2)
 
 
 def baselines(config) -> dict[str, dict[str, float]]:
@@ -39,15 +50,14 @@ def baselines(config) -> dict[str, dict[str, float]]:
   mean = train.mean(axis=0, dtype=np.float64)
   result = {}
   for name, images in data.heldout_images.items():
-    count, size = images.shape[:2]
-    cells = size // POOLING_WINDOW
-    pooled = images.reshape(
-      count, cells, POOLING_WINDOW, cells, POOLING_WINDOW, 3
-    ).mean(axis=(2, 4))
-    blown_up = pooled.repeat(POOLING_WINDOW, 1).repeat(POOLING_WINDOW, 2)
+    size = images.shape[1]
     result[name] = {
       "mean image": psnr(images, mean[None]),
-      "8x8 pooling": psnr(images, blown_up),
+      **{
+        f"{size // window}x{size // window} averages of {window}x{window} "
+        "pixels": psnr(images, blown_up_averages(images, window))
+        for window in POOLING_WINDOWS
+      },
     }
   return result
 
@@ -70,19 +80,37 @@ def train(paradigm: str, seed: int, out: pathlib.Path, overrides) -> None:
 
 
 def read(workdir: pathlib.Path) -> dict[str, float]:
-  """Returns a run's numbers: last of each, and some from before the snap."""
+  """Returns a run's numbers: the last of each, and some of earlier steps."""
   config = config_lib.from_json(workdir / "config.json")
-  rows = metrics_lib.read_jsonl(workdir / "metrics.jsonl")
   result: dict[str, float] = {}
-  for row in rows:
-    if "eval/text_perplexity" in row:
-      result.setdefault("text before", row["eval/text_perplexity"])
+  for row in metrics_lib.read_jsonl(workdir / "metrics.jsonl"):
+    if row["step"] == 0:
+      result["text before"] = row["eval/text_perplexity"]
     if row["step"] < config.num_steps:
       for name in ("drift", "code_agreement"):
         if name in row:
           result[f"{name} before snap"] = row[name]
+          result["last step before snap"] = row["step"]
+    if row["step"] == config.eval_every:
+      result |= {
+        f"halfway {name}": value
+        for name, value in row.items()
+        if name.endswith("code_agreement")
+      }
     result |= row
   return result
+
+
+def revision() -> str:
+  """Names the code that this script belongs to."""
+  done = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"],
+    cwd=pathlib.Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return done.stdout.strip() or unicode_jax.__version__
 
 
 def cell(values: list[float], digits: int) -> str:
@@ -118,21 +146,24 @@ def write(doc: pathlib.Path, runs, command: str, out: pathlib.Path) -> None:
     "",
     f"`{command}`",
     "",
-    f"Machine: {platform.processor() or platform.machine()}, 2 cores, CPU. "
-    f"Mean ± standard deviation over {len(runs[first])} seeds. "
+    f"{os.cpu_count()} CPU cores ({platform.machine()}), jax "
+    f"{jax.__version__}, revision {revision()}. {len(runs[first])} seeds: mean "
+    "± standard deviation over seeds.",
+    "",
     f"{config.tokenizer.quantizer.upper()}, D = {depth}, {config.image_size} "
     f"px, K = {config.text.vocab_size}, code_dim = "
-    f"{config.codebook.code_dim}, {config.num_steps} + "
-    f"{config.schedule.finetune_steps} steps.",
+    f"{config.codebook.code_dim}; {config.num_steps} steps of the alternation "
+    f"and {config.schedule.finetune_steps} of the decoder alone.",
     "",
     "PSNR is in dB over pixels in [-1, 1], averaged over images. Usage is the "
-    "share of the ids that may be codes. Drift and agreement are from the last "
-    "log line before the final snap.",
+    "share of the ids that may be codes. Residual energy is the share of the "
+    "encoder's energy that the first d codes leave over.",
     "",
     "## Baselines without a model",
     "",
   ]
-  for name, values in baselines(config).items():
+  without_model = baselines(config)
+  for name, values in without_model.items():
     numbers = ", ".join(f"{k} {v:.2f} dB" for k, v in values.items())
     lines.append(f"- {name}: {numbers}")
   heldout = {
@@ -150,8 +181,17 @@ def write(doc: pathlib.Path, runs, command: str, out: pathlib.Path) -> None:
         *per_depth("usage", f"{prefix}/usage", depth, 3),
         *per_depth("perplexity", f"{prefix}/perplexity", depth, 0),
         *per_depth("residual energy", f"{prefix}/residual_energy", depth, 3),
+        ("code agreement halfway", f"halfway {prefix}/code_agreement", 3),
+        ("code agreement at the end", f"{prefix}/code_agreement", 3),
       ],
     )
+    lines += ["", "PSNR above the baselines, all depths:", ""]
+    for baseline, value in without_model[name].items():
+      margins = ", ".join(
+        f"{paradigm} {cell([r[f'{prefix}/psnr'] - value for r in seeds], 2)} dB"
+        for paradigm, seeds in runs.items()
+      )
+      lines.append(f"- {baseline}: {margins}")
   lines += ["", "## Training set, all of it", ""]
   lines += table(
     runs,
@@ -161,15 +201,22 @@ def write(doc: pathlib.Path, runs, command: str, out: pathlib.Path) -> None:
       *per_depth("residual energy", "eval/train/residual_energy", depth, 3),
     ],
   )
-  lines += ["", "## Unity and language", ""]
+  at = runs[first][0]["last step before snap"]
+  lines += [
+    "",
+    "## Unity and language",
+    "",
+    f"Step {at} is the last log line with images before the alternation ends; "
+    "at the end `dual` and `language_driven` snap to the table.",
+    "",
+  ]
   lines += table(
     runs,
     [
-      ("drift before the snap", "drift before snap", 3),
-      ("code agreement before the snap", "code_agreement before snap", 3),
+      (f"drift at step {at}", "drift before snap", 3),
+      (f"code agreement at step {at}", "code_agreement before snap", 3),
       ("held-out text perplexity before", "text before", 1),
       ("held-out text perplexity after", "eval/text_perplexity", 1),
-      ("training seconds", "time/train_seconds", 0),
     ],
   )
   lines += ["", "## Pictures (seed 0)", ""]
@@ -201,7 +248,9 @@ def main() -> None:
     ]
     for paradigm in PARADIGMS
   }
-  command = " ".join(["python benchmarks/stage1.py", *overrides])
+  command = " ".join(
+    ["python benchmarks/stage1.py", f"--seeds={args.seeds}", *overrides]
+  )
   write(args.doc, runs, command, args.out)
 
 

@@ -47,6 +47,7 @@ PRESETS = {
     "schedule.tokenizer_steps": 2,
     "schedule.llm_steps": 2,
     "schedule.finetune_steps": 2,
+    "alarm.perplexity_floor": 1.0,
     "alarm.patience": 4,
   },
   # SmolLM2-135M's shapes (Allal et al. 2025), for its real table. Name its
@@ -77,6 +78,7 @@ PRESETS = {
     "eval_every": 5000,
     "picture_every": 5000,
     "checkpoint_every": 5000,
+    "data.source": "folder",
     "data.global_batch_size": 256,
     "data.crop_scale": 0.8,
     "data.num_workers": 8,

@@ -81,7 +81,10 @@ def test_possible(overrides):
     ({"data.embedded": "cifar"}, ["cifar", "openmoji"]),
     ({"data.embedded": "openmoji"}, ["weights=(0.5, 0.5)", "('openmoji',)"]),
     ({"data.weights": "0,0"}, ["weights=(0.0, 0.0)", "not all"]),
-    ({"codebook.sync_every": 0}, ["sync_every=0", "at least 1", "frozen"]),
+    (
+      {"codebook.sync_every": 0},
+      ["sync_every=0", "at least 1", "sync_decay=1"],
+    ),
     ({"schedule.llm_steps": 0}, ["llm_steps=0", "at least 1", "tokenizer.py"]),
     ({"schedule.tokenizer_steps": 0}, ["tokenizer_steps=0", "at least 1"]),
     ({"codebook.sync_decay": 1.5}, ["sync_decay=1.5", "between 0 and 1"]),

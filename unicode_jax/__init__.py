@@ -22,8 +22,9 @@ Local arrays carry their shape in their name (`x_BTE`):
   T  length, in tokens        H  attention heads
   D  depth, codes a position  G  key/value heads
   K  codes, the vocabulary    F  width of the MLP
-  N  flattened positions      X, Y  sides of a grid
-  C  code_dim
+  N  flattened positions      A  size of a head
+  C  code_dim                 R  query heads per key/value head
+  X, Y  sides of a grid       S  keys, or slots of a cache
 """
 
 __version__ = "0.1.0"

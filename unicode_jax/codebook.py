@@ -27,8 +27,9 @@ What is trained is `params`, what is only updated is `state`:
   private                  table        gain, last_used
 
 and with `update_rule="ema"` also `ema_counts`. All functions are pure and can
-be jitted with `config` static. Does not do: the search (`kernels.nearest_code`),
-the residuals and their losses (`quantizer`), or deciding when to sync.
+be jitted with `config` static. Does not do: the search
+(`kernels.nearest_code`), the residuals and their losses (`quantizer`), or
+deciding when to sync.
 """
 
 import dataclasses
@@ -37,7 +38,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-PARADIGMS = ("frozen", "dual", "language_driven", "projected", "private")
+from unicode_jax import config as config_lib
+
+PARADIGMS = config_lib.PARADIGMS
 PROJECTIONS = ("pca", "random", "identity")
 UPDATES = ("gradient", "ema")
 

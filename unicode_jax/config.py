@@ -29,10 +29,16 @@ EMBEDDED_SOURCES = ("openmoji", "easy_vqa")
 # Ids that can never be visual codes: 256 byte tokens and the control tokens of
 # the BPE that we train (padding, begin, end, image start, image end).
 RESERVED_TOKENS = 261
+# The embedded text has few words: a larger vocabulary needs its own tokenizer.
+MAX_TRAINED_VOCAB = 8192
 
 
 class ConfigError(ValueError):
   """A config that cannot run; the message names the value and the remedy."""
+
+
+class RunError(RuntimeError):
+  """A run that should not go on; the message says why and what to do."""
 
 
 def default_config() -> ConfigDict:
@@ -178,6 +184,13 @@ def default_config() -> ConfigDict:
   llm.head_dim = 32
   llm.mlp_dim = 512
   llm.rope_theta = 10000.0
+  # Llama 3.1's stretch of the low frequencies: a factor of 1 is none; positions
+  # before the stretch, and between which wavelengths it blends in.
+  llm.rope_scaling = scaling = ConfigDict()
+  scaling.factor = 1.0
+  scaling.original_max_position = 8192
+  scaling.low_freq_factor = 1.0
+  scaling.high_freq_factor = 4.0
   llm.norm_eps = 1e-5
   # Use the input table as the output head too.
   llm.tie_embeddings = True
@@ -189,7 +202,8 @@ def default_config() -> ConfigDict:
   # Positions that a token sees (Mistral); None for all before it.
   llm.sliding_window = placeholder(int)
   # Queries that attention takes at a time, which saves memory and, on a CPU,
-  # the masked half of the work; None takes all at once.
+  # the masked half of the work. 0 takes all at once; None takes an eighth of
+  # the sequence (64 at the least) on a CPU and all at once elsewhere.
   llm.attention_block = placeholder(int)
   # What the backward pass keeps of each layer: "none" recomputes nothing,
   # "full" everything, "dots" all but matrix products.
@@ -260,6 +274,7 @@ _RANGES = (
     (
       "seed",
       "data.num_workers",
+      "llm.attention_block",
       "tokenizer.loss.disc_start",
       "codebook.restart_dead_after",
       "schedule.finetune_steps",
@@ -277,14 +292,24 @@ _RANGES = (
     ),
   ),
   (0, 0.99999, ("optimizer.*.b?",)),
-  (1e-12, math.inf, ("llm.rope_theta", "llm.norm_eps", "*.clip_norm")),
+  (
+    1e-12,
+    math.inf,
+    (
+      "llm.rope_theta",
+      "llm.rope_scaling.*_factor",
+      "llm.norm_eps",
+      "*.clip_norm",
+    ),
+  ),
+  (1, math.inf, ("llm.rope_scaling.factor",)),
   (0.01, 0.9, ("*.heldout_fraction",)),
   (0.01, 1, ("data.crop_scale",)),
 )
 
 # What an out-of-range value of these probably meant.
 _HINTS = {
-  "codebook.sync_every": "; never to sync, set codebook.paradigm='frozen'",
+  "codebook.sync_every": "; never to sync, set codebook.sync_decay=1",
   "schedule.llm_steps": "; to train the tokenizer alone, use "
   "--config=configs/tokenizer.py",
 }
@@ -370,6 +395,36 @@ _IMPOSSIBLE = (
     "about {reserved} control and byte tokens; codebook.code_dim="
     "{c.codebook.code_dim} needs more codes than dimensions: set "
     "text.vocab_size to at least {smallest_vocab}",
+  ),
+  (
+    lambda c: (
+      c.stage != "tokenizer"
+      and c.text.tokenizer_path is None
+      and c.text.vocab_size > MAX_TRAINED_VOCAB
+    ),
+    "text.vocab_size={c.text.vocab_size} without text.tokenizer_path: the "
+    "embedded text gives a few thousand tokens at the most; set "
+    "text.tokenizer_path=DIR to the Hugging Face tokenizer of that vocabulary",
+  ),
+  (
+    lambda c: (
+      c.stage != "tokenizer"
+      and c.num_steps < c.schedule.tokenizer_steps + c.schedule.llm_steps
+    ),
+    "num_steps={c.num_steps} ends within the first cycle of "
+    "schedule.tokenizer_steps={c.schedule.tokenizer_steps} and "
+    "schedule.llm_steps={c.schedule.llm_steps}: train at least one whole cycle",
+  ),
+  (
+    lambda c: c.tokenizer.loss.adversarial > 0 and c.image_size % 8,
+    "tokenizer.loss.adversarial={c.tokenizer.loss.adversarial} with image_size="
+    "{c.image_size}, which the critic cannot halve three times: set image_size "
+    "to a multiple of 8",
+  ),
+  (
+    lambda c: c.tokenizer.loss.perceptual > 0 and c.image_size < 16,
+    "tokenizer.loss.perceptual={c.tokenizer.loss.perceptual} with image_size="
+    "{c.image_size}, too small for its network: set image_size to at least 16",
   ),
   (
     lambda c: c.text.image_start == c.text.image_end,
@@ -660,7 +715,13 @@ def load(spec: str) -> ConfigDict:
     )
   if path.endswith(".json"):
     return from_json(path)
-  return runpy.run_path(path)["get_config"](preset)
+  get_config = runpy.run_path(path).get("get_config")
+  if get_config is None:
+    raise ConfigError(
+      f"--config={spec}: {path!r} defines no get_config(preset): write one "
+      "that returns a ConfigDict, as configs/pretrain.py does"
+    )
+  return get_config(preset)
 
 
 def from_presets(

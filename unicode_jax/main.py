@@ -58,8 +58,6 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   )
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
     os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.
@@ -84,13 +82,20 @@ def _check_platform(platform: str | None) -> None:
 
 
 def run() -> None:
-  """Runs the command; a config's error is one line and exit status 2."""
+  """Runs the command.
+
+  An error of the config is one line and exit status 2; a run that should not go
+  on (collapse, divergence) is one line and exit status 3.
+  """
   try:
     argv, overrides = config_lib.split_overrides(sys.argv)
     app.run(functools.partial(main, overrides=overrides), argv=argv)
   except config_lib.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except config_lib.RunError as error:
+    print(f"stopped: {error}", file=sys.stderr)
+    sys.exit(3)
 
 
 if __name__ == "__main__":

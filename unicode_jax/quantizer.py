@@ -30,9 +30,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from unicode_jax import config as config_lib
 from unicode_jax.kernels import nearest_code as kernel
 
-KINDS = ("vq", "rq", "hq")
+KINDS = config_lib.QUANTIZERS
 
 # Gains stay positive, since 0 stands for "not fitted yet".
 _MIN_GAIN = 1e-6
@@ -49,10 +50,9 @@ class Quantized(NamedTuple):
     codes: int32[B, h', w', D].
     partial: float32[D, B, h, w, C], the features after each depth, with their
       gradient to the table and none to z.
-    commitment_loss: float32[], mean over depth and entries of
-      (z - sg(partial))^2.
-    codebook_loss: float32[], mean over depth and entries of
-      (sg(z) - partial)^2.
+    commitment_loss: float32[], mean over depth ("hq": over the two levels) and
+      entries of (z - sg(partial))^2.
+    codebook_loss: float32[], mean over the same of (sg(z) - partial)^2.
     residual_energy: float32[D], the share of z's energy that is left after
       each depth.
     counts: float32[D, K], assignments at each depth.
@@ -118,12 +118,14 @@ def quantize(
   partial = jnp.stack(partial)
   fixed = lax.stop_gradient(partial)
   left = jnp.sum((target - fixed) ** 2, axis=(1, 2, 3, 4))
+  # Of "hq", both levels once: its positions do not wait for each other.
+  levels = jnp.array([0, depth - 1] if kind == "hq" else range(depth))
   return Quantized(
     quantized=straight_through(z, partial[-1]),
     codes=jnp.stack(codes, axis=-1),
     partial=partial,
-    commitment_loss=jnp.mean((z - fixed) ** 2),
-    codebook_loss=jnp.mean((target - partial) ** 2),
+    commitment_loss=jnp.mean((z - fixed[levels]) ** 2),
+    codebook_loss=jnp.mean((target - partial[levels]) ** 2),
     residual_energy=left / jnp.maximum(jnp.sum(target**2), 1e-30),
     counts=jnp.stack(counts),
     sums=lax.stop_gradient(sums),

@@ -14,6 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 BATCH_AXES = ("data", "fsdp")
+# Smaller arrays stay whole: splitting them costs more in latency than it saves
+# in memory.
+MIN_SHARDED_SIZE = 2**18
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
@@ -66,14 +69,12 @@ def put_batch(batch, mesh: Mesh):
   )
 
 
-def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**18):
+def fsdp_shardings(tree, mesh: Mesh):
   """Chooses where every leaf of a state lives.
 
   Args:
     tree: Tree of arrays or `jax.ShapeDtypeStruct`.
     mesh: The mesh.
-    min_size: Leaves with fewer elements stay replicated; splitting them costs
-      more in latency than it saves in memory.
 
   Returns:
     Tree of NamedSharding of the same structure.
@@ -81,7 +82,7 @@ def fsdp_shardings(tree, mesh: Mesh, min_size: int = 2**18):
   fsdp = mesh.shape["fsdp"]
 
   def choose(path, leaf):
-    if fsdp == 1 or math.prod(leaf.shape) < min_size:
+    if fsdp == 1 or math.prod(leaf.shape) < MIN_SHARDED_SIZE:
       return replicated(mesh)
     by_size = sorted(range(len(leaf.shape)), key=lambda i: -leaf.shape[i])
     for axis in by_size:

@@ -20,7 +20,17 @@ def load(path, preset):
 
 @pytest.mark.parametrize(("path", "preset"), SHIPPED)
 def test_preset_validates(path, preset):
-  config = config_lib.validate(load(path, preset))
+  config = load(path, preset)
+  # What only the user can name.
+  named = {}
+  if config.data.source == "folder":
+    named["data.path"] = str(CONFIGS)
+  if config.text.vocab_size > config_lib.MAX_TRAINED_VOCAB:
+    named["text.tokenizer_path"] = str(CONFIGS)
+  if named and path.stem == "pretrain":
+    with pytest.raises(config_lib.ConfigError, match=max(named)):
+      config_lib.validate(config)
+  config = config_lib.validate(config_lib.apply_overrides(config, named))
   assert config.preset == preset
   assert config.stage == path.stem
 

@@ -133,7 +133,7 @@ def test_chatterbot_is_split_by_question():
 def test_missing_package(monkeypatch, tmp_path, module, load):
   monkeypatch.setitem(sys.modules, module, None)
   with pytest.raises(
-    ModuleNotFoundError, match=rf'{module}.*pip install -e "\.\[demo\]"'
+    ValueError, match=rf'{module}.*pip install -e "\.\[demo\]"'
   ):
     load(tmp_path)
 

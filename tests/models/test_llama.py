@@ -12,8 +12,12 @@ from unicode_jax.nn import rope
 from unicode_jax.training import losses
 
 TINY = llama.LlamaConfig(
-    vocab_size=37, embed_dim=24, num_layers=2, num_heads=4, num_kv_heads=2,
-    mlp_dim=40,
+  vocab_size=37,
+  embed_dim=24,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  mlp_dim=40,
 )
 
 
@@ -26,13 +30,13 @@ def make(config=TINY, seed=0, spread=True):
     leaves, tree = jax.tree.flatten(params)
     rng = np.random.default_rng(seed)
     leaves = [
-        np.asarray(w) + rng.normal(0, 0.2, w.shape).astype(np.float32)
-        for w in leaves
+      np.asarray(w) + rng.normal(0, 0.2, w.shape).astype(np.float32)
+      for w in leaves
     ]
     params = jax.tree.unflatten(tree, leaves)
   run = jax.jit(
-      lambda params, *a, **k: model.apply({"params": params}, *a, **k),
-      static_argnames="return_hidden",
+    lambda params, *a, **k: model.apply({"params": params}, *a, **k),
+    static_argnames="return_hidden",
   )
   return model, params, run
 
@@ -45,8 +49,8 @@ def copy_from_torch(model, config):
   """Turns a Hugging Face state dict into unrolled parameters."""
   state = {k: v.detach().numpy() for k, v in model.state_dict().items()}
   params = {
-      "embed_tokens": {"embedding": state["model.embed_tokens.weight"]},
-      "final_norm": {"scale": state["model.norm.weight"]},
+    "embed_tokens": {"embedding": state["model.embed_tokens.weight"]},
+    "final_norm": {"scale": state["model.norm.weight"]},
   }
   if not config.tie_embeddings:
     params["lm_head"] = {"kernel": state["lm_head.weight"].T}
@@ -54,10 +58,10 @@ def copy_from_torch(model, config):
     at = f"model.layers.{i}."
     here = {k.removeprefix(at): v for k, v in state.items() if k.startswith(at)}
     layer = {
-        "attention_norm": {"scale": here.pop("input_layernorm.weight")},
-        "mlp_norm": {"scale": here.pop("post_attention_layernorm.weight")},
-        "attention": {},
-        "mlp": {},
+      "attention_norm": {"scale": here.pop("input_layernorm.weight")},
+      "mlp_norm": {"scale": here.pop("post_attention_layernorm.weight")},
+      "attention": {},
+      "mlp": {},
     }
     for name, value in here.items():  # self_attn.q_proj.weight, mlp. ...
       group, module, leaf = name.split(".")
@@ -70,38 +74,46 @@ def copy_from_torch(model, config):
 
 
 HF = dict(
-    vocab_size=37, hidden_size=24, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, intermediate_size=40, rms_norm_eps=1e-5,
-    max_position_embeddings=64, pad_token_id=None, bos_token_id=None,
-    eos_token_id=None,
+  vocab_size=37,
+  hidden_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  intermediate_size=40,
+  rms_norm_eps=1e-5,
+  max_position_embeddings=64,
+  pad_token_id=None,
+  bos_token_id=None,
+  eos_token_id=None,
 )
 FAMILIES = {
-    "llama": ("Llama", {}, {}),
-    "llama3_scaling": (
-        "Llama",
-        {
-            "head_dim": 10,
-            "rope_parameters": {
-                "rope_type": "llama3", "rope_theta": 100.0, "factor": 4.0,
-                "low_freq_factor": 1.0, "high_freq_factor": 3.0,
-                "original_max_position_embeddings": 32,
-            }
-        },
-        {
-            "rope_theta": 100.0,
-            "rope_scaling": rope.RopeScaling(4.0, 1.0, 3.0, 32),
-            "head_dim": 10,
-        },
-    ),
-    "mistral_window": (
-        "Mistral", {"sliding_window": 5}, {"sliding_window": 5}
-    ),
-    "qwen2": (
-        "Qwen2",
-        {"tie_word_embeddings": True},
-        {"qkv_bias": True, "tie_embeddings": True},
-    ),
-    "qwen3": ("Qwen3", {"head_dim": 8}, {"qk_norm": True, "head_dim": 8}),
+  "llama": ("Llama", {}, {}),
+  "llama3_scaling": (
+    "Llama",
+    {
+      "head_dim": 10,
+      "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 100.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 32,
+      },
+    },
+    {
+      "rope_theta": 100.0,
+      "rope_scaling": rope.RopeScaling(4.0, 1.0, 3.0, 32),
+      "head_dim": 10,
+    },
+  ),
+  "mistral_window": ("Mistral", {"sliding_window": 5}, {"sliding_window": 5}),
+  "qwen2": (
+    "Qwen2",
+    {"tie_word_embeddings": True},
+    {"qkv_bias": True, "tie_embeddings": True},
+  ),
+  "qwen3": ("Qwen3", {"head_dim": 8}, {"qk_norm": True, "head_dim": 8}),
 }
 
 
@@ -111,7 +123,7 @@ def test_logits_equal_transformers(name):
   torch.manual_seed(0)
   # Eager attention: sdpa may drop the window's mask.
   torch_config = getattr(transformers, family + "Config")(
-      **(HF | theirs), attn_implementation="eager"
+    **(HF | theirs), attn_implementation="eager"
   )
   torch_model = getattr(transformers, family + "ForCausalLM")(torch_config)
   with torch.no_grad():
@@ -120,9 +132,10 @@ def test_logits_equal_transformers(name):
   config = dataclasses.replace(TINY, **({"head_dim": None} | ours))
   params = copy_from_torch(torch_model, config)
   _, template, run = make(config)
-  jax.tree.map(np.testing.assert_equal, *(
-      jax.tree.map(np.shape, tree) for tree in (template, params)
-  ))
+  jax.tree.map(
+    np.testing.assert_equal,
+    *(jax.tree.map(np.shape, tree) for tree in (template, params)),
+  )
 
   ids = draw_ids((2, 40))
   with torch.no_grad():
@@ -160,7 +173,7 @@ def test_cached_prompts_of_different_lengths():
   for step in range(3):
     at = lengths + step
     logits, cache = run(
-        params, ids[[0, 1], at][:, None], positions=at[:, None], cache=cache
+      params, ids[[0, 1], at][:, None], positions=at[:, None], cache=cache
     )
     for row in range(2):
       want, _ = run(params, ids[row : row + 1, : at[row] + 1])
@@ -212,7 +225,7 @@ def test_stacked_ids_are_summed():
   np.testing.assert_allclose(llama.embed(table, ids)[0], want, rtol=1e-6)
   cotangent = np.random.default_rng(1).normal(size=(1, 4, 3))
   grad = jax.vjp(lambda t: llama.embed(t, ids), table)[1](
-      jnp.float32(cotangent)
+    jnp.float32(cotangent)
   )[0]
   dense = np.zeros((7, 3))
   for position, depth in zip(*np.nonzero(ids[0] >= 0)):
@@ -242,7 +255,7 @@ def loss_and_grad(config, params, ids):
     labels = jnp.roll(ids[..., 0], -1, axis=1)
     kernel = llama.head_kernel(params, config)
     return losses.next_token_loss(
-        hidden, kernel, labels, jnp.ones(labels.shape), chunk=8
+      hidden, kernel, labels, jnp.ones(labels.shape), chunk=8
     )[0]
 
   return jax.value_and_grad(f)(params)
@@ -251,7 +264,7 @@ def loss_and_grad(config, params, ids):
 def assert_close_trees(got, want, **tolerance):
   assert jax.tree.structure(got) == jax.tree.structure(want)
   jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want
+    lambda a, b: np.testing.assert_allclose(a, b, **tolerance), got, want
   )
 
 
@@ -264,8 +277,8 @@ def plain():
 
 
 @pytest.mark.parametrize(
-    "scan, policy",
-    [(True, "none"), (True, "dots"), (True, "full"), (False, "dots_no_batch")],
+  "scan, policy",
+  [(True, "none"), (True, "dots"), (True, "full"), (False, "dots_no_batch")],
 )
 def test_scan_and_remat_change_nothing(plain, scan, policy):
   params, ids, want_loss, want = plain
@@ -283,8 +296,8 @@ def test_remat_saves_less():
     _, params, _ = make(config)
     model = llama.Llama(config)
     kept = jax.eval_shape(
-        lambda p: jax.vjp(lambda p: model.apply({"params": p}, ids)[0], p)[1],
-        params,
+      lambda p: jax.vjp(lambda p: model.apply({"params": p}, ids)[0], p)[1],
+      params,
     )
     return sum(leaf.size for leaf in jax.tree.leaves(kept))
 
@@ -309,7 +322,7 @@ def test_hidden_and_head_make_the_logits(tied):
   ids = draw_ids((2, 5, 1))
   hidden, _ = run(params, ids, return_hidden=True)
   np.testing.assert_allclose(
-      hidden @ llama.head_kernel(params, config), run(params, ids)[0], atol=1e-5
+    hidden @ llama.head_kernel(params, config), run(params, ids)[0], atol=1e-5
   )
 
 
@@ -338,38 +351,52 @@ def test_positions_are_relative():
   ids = draw_ids((1, 8, 1))
   shifted = np.arange(8)[None] + 20
   np.testing.assert_allclose(
-      run(params, ids, positions=shifted)[0], run(params, ids)[0], atol=3e-5
+    run(params, ids, positions=shifted)[0], run(params, ids)[0], atol=3e-5
   )
 
 
 # Published counts (of the checkpoints, embeddings included).
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(
-    "count, settings",
-    [
-        (  # LLaMA-7B
-            6738415616,
-            dict(
-                vocab_size=32000, embed_dim=4096, num_layers=32, num_heads=32,
-                num_kv_heads=32, mlp_dim=11008,
-            ),
-        ),
-        (  # SmolLM2-135M
-            134515008,
-            dict(
-                vocab_size=49152, embed_dim=576, num_layers=30, num_heads=9,
-                num_kv_heads=3, mlp_dim=1536, tie_embeddings=True,
-            ),
-        ),
-        (  # Qwen2.5-0.5B
-            494032768,
-            dict(
-                vocab_size=151936, embed_dim=896, num_layers=24, num_heads=14,
-                num_kv_heads=2, mlp_dim=4864, tie_embeddings=True,
-                qkv_bias=True,
-            ),
-        ),
-    ],
+  "count, settings",
+  [
+    (  # LLaMA-7B
+      6738415616,
+      dict(
+        vocab_size=32000,
+        embed_dim=4096,
+        num_layers=32,
+        num_heads=32,
+        num_kv_heads=32,
+        mlp_dim=11008,
+      ),
+    ),
+    (  # SmolLM2-135M
+      134515008,
+      dict(
+        vocab_size=49152,
+        embed_dim=576,
+        num_layers=30,
+        num_heads=9,
+        num_kv_heads=3,
+        mlp_dim=1536,
+        tie_embeddings=True,
+      ),
+    ),
+    (  # Qwen2.5-0.5B
+      494032768,
+      dict(
+        vocab_size=151936,
+        embed_dim=896,
+        num_layers=24,
+        num_heads=14,
+        num_kv_heads=2,
+        mlp_dim=4864,
+        tie_embeddings=True,
+        qkv_bias=True,
+      ),
+    ),
+  ],
 )
 def test_published_parameter_counts(count, settings, scan):
   config = llama.LlamaConfig(scan_layers=scan, **settings)

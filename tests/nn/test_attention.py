@@ -16,12 +16,12 @@ def reference(q, k, v, tokens, window):
   for b, t, h in np.ndindex(B, T, H):
     g = h * k.shape[1] // H
     seen = [
-        s
-        for s in range(t + 1)
-        if tokens.segment_ids is None
-        or tokens.segment_ids[b, s] == tokens.segment_ids[b, t]
-        if window is None
-        or tokens.positions[b, t] - tokens.positions[b, s] < window
+      s
+      for s in range(t + 1)
+      if tokens.segment_ids is None
+      or tokens.segment_ids[b, s] == tokens.segment_ids[b, t]
+      if window is None
+      or tokens.positions[b, t] - tokens.positions[b, s] < window
     ]
     scores = k[b, g, seen] @ q[b, t, h] / np.sqrt(A)
     weights = np.exp(scores - scores.max())
@@ -47,7 +47,7 @@ def test_against_reference(monkeypatch, block, packed, window, in_rows):
   segments = jnp.asarray(rng.integers(0, 3, (B, T)).cumsum(1) % 4)
   tokens = attention.Tokens(positions, segments if packed else None)
   got = jax.jit(
-      lambda *qkv: attention.attend(*qkv, tokens, window=window, block=block)
+    lambda *qkv: attention.attend(*qkv, tokens, window=window, block=block)
   )(q, k, v)
   want = reference(q, k, v, tokens, window)
   np.testing.assert_allclose(got, want, atol=1e-5)

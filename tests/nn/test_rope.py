@@ -18,9 +18,7 @@ def test_rotation_by_complex_numbers():
   angles = positions[..., None, None] * 100.0 ** -(np.arange(4) / 4)
   z = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
   want = np.concatenate([z.real, z.imag], axis=-1)
-  np.testing.assert_allclose(
-      rotate(x, positions, frequencies), want, atol=2e-5
-  )
+  np.testing.assert_allclose(rotate(x, positions, frequencies), want, atol=2e-5)
 
 
 def test_scores_depend_on_distance_only():

@@ -30,6 +30,22 @@ def test_rings_after_patience_for_either_measure():
     assert "the cause" in text
 
 
+def test_rings_once_per_collapse():
+  watch = alarm.CollapseAlarm(CONFIG)
+  low = metrics(0.01, 100.0)
+  rings = [watch.update(step, low, "x") for step in range(0, 500, 50)]
+  assert sum(text is not None for text in rings) == 1
+  watch.update(500, metrics(0.5, 100.0), "x")
+  rings = [watch.update(step, low, "x") for step in range(550, 1000, 50)]
+  assert sum(text is not None for text in rings) == 1
+
+
+def test_growing_energy_names_the_depth():
+  assert alarm.growing_energy([0.5, 0.25]) is None
+  assert "depth 2 adds energy" in alarm.growing_energy([0.5, 0.75])
+  assert "depth 1 adds energy" in alarm.growing_energy([1.5])
+
+
 def test_recovery_starts_the_count_again():
   watch = alarm.CollapseAlarm(CONFIG)
   watch.update(50, metrics(0.01, 100.0), "x")
@@ -57,6 +73,7 @@ def cause(**changes):
     feature_std=1.0,
     l2_normalize=True,
     code_dim=16,
+    paradigm="language_driven",
     code_agreement=0.9,
   )
   return alarm.likely_cause(**(healthy | changes))
@@ -70,5 +87,6 @@ def test_causes():
   assert "576 dimensions" in cause(code_dim=576)
   assert "without l2 normalisation" in cause(l2_normalize=False)
   assert "left the LLM's table" in cause(code_agreement=0.1)
+  assert "few codes" in cause(code_agreement=0.1, paradigm="frozen")
   assert "few codes" in cause()
   assert "few codes" in cause(code_agreement=None)

@@ -60,7 +60,7 @@ def test_against_torch():
   h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, kernel))
   ignored = np.where(mask > 0, labels, -100)
   loss = torch.nn.functional.cross_entropy(
-      (h @ w).reshape(-1, K), torch.tensor(ignored).long().reshape(-1)
+    (h @ w).reshape(-1, K), torch.tensor(ignored).long().reshape(-1)
   )
   loss.backward()
   # The label of a masked position may be anything, -100 included.
@@ -93,7 +93,7 @@ def test_bfloat16_hidden_keeps_a_float32_head():
   hidden, kernel, labels, mask = make()
   loss, _, d_hidden, d_kernel = reference(hidden, kernel, labels, mask)
   (got, _), grads = value_and_grad(
-      jnp.bfloat16(hidden), kernel, labels, mask, 6
+    jnp.bfloat16(hidden), kernel, labels, mask, 6
   )
   assert grads[0].dtype == jnp.bfloat16 and grads[1].dtype == jnp.float32
   assert got.dtype == jnp.float32 and got == pytest.approx(loss, rel=0.02)

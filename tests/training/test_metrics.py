@@ -22,7 +22,7 @@ def test_window_averages_scalars_and_sums_histograms():
 
 
 def test_writer_drops_lines_after_the_step_resumed_from(tmp_path):
-  writer = metrics.MetricWriter(tmp_path, 0)
+  writer = metrics.MetricWriter(tmp_path, None)
   for step in (1, 2, 3):
     writer.write(step, {"loss": float(step)})
   writer.close()
@@ -54,5 +54,23 @@ def test_progress_redraws_only_in_a_terminal():
   assert "\x1b" not in plain.getvalue()
   terminal = io.StringIO()
   terminal.isatty = lambda: True
-  metrics.Progress(10, 0, terminal).show(5, "loss 1")
-  assert terminal.getvalue().startswith("\r\x1b[2Kstep 5/10")
+  progress = metrics.Progress(10, 0, terminal)
+  progress.show(5, "loss 1")
+  progress.show(6, "loss 0")
+  assert "loss 1\r\x1b[2Kstep 6/10" in terminal.getvalue()
+  progress.end()
+  assert terminal.getvalue().endswith("loss 0\n")
+
+
+def test_a_run_without_a_checkpoint_starts_its_lines_again(tmp_path):
+  for _ in range(2):
+    writer = metrics.MetricWriter(tmp_path, None)
+    writer.write(0, {"loss": 1.0})
+    writer.close()
+  assert len(metrics.read_jsonl(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_progress_is_silent_where_asked():
+  stream = io.StringIO()
+  metrics.Progress(10, 0, stream, silent=True).show(5, "loss 1")
+  assert stream.getvalue() == ""

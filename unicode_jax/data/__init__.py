@@ -13,6 +13,7 @@ import logging
 
 import numpy as np
 
+from unicode_jax import config as config_lib
 from unicode_jax.data import (
   sequences,
   sources,
@@ -23,7 +24,7 @@ Conversation = sequences.Conversation
 ImageSource = sources.ImageSource
 TextTokenizer = text_tokenizer_lib.TextTokenizer
 
-EMBEDDED = ("openmoji", "easy_vqa")
+EMBEDDED = config_lib.EMBEDDED_SOURCES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,15 +117,15 @@ def load_data(
     image_size: S, pixels.
 
   Raises:
-    ValueError: a bad value, an empty folder, no text, ...; says which and what
+    ConfigError: a bad value, an empty folder, no text, ...; says which and what
       to do.
-    ModuleNotFoundError: a package is missing; says how to install it.
+    ConfigError: a package is missing; says how to install it.
   """
   if data.source == "embedded":
     pairs, weights = _embedded(data, image_size), data.weights
   elif data.source == "folder":
     if data.path is None:
-      raise ValueError(
+      raise config_lib.ConfigError(
         "config.data.source=folder needs config.data.path: a folder of images"
       )
     folder = sources.load_folder(
@@ -136,7 +137,7 @@ def load_data(
     )
     pairs, weights = [folder], (1.0,)
   else:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f'config.data.source must be "embedded" or "folder", not {data.source!r}'
     )
   train = tuple(pair[0] for pair in pairs)
@@ -166,12 +167,12 @@ def _embedded(
   """Loads (train, heldout) of each embedded source."""
   unknown = sorted(set(data.embedded) - set(EMBEDDED))
   if unknown or not data.embedded:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"config.data.embedded={tuple(data.embedded)} must name some of "
       f"{EMBEDDED}"
     )
   if len(data.weights) != len(data.embedded):
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"config.data.weights={tuple(data.weights)} must have one weight for "
       f"each of config.data.embedded={tuple(data.embedded)}"
     )
@@ -212,7 +213,7 @@ def _texts(
     )
     train, heldout = train + captions[0], heldout + captions[1]
   if not train or not heldout:
-    raise ValueError(
+    raise config_lib.ConfigError(
       "there is no text to train and to evaluate the LLM on: run "
       'pip install -e ".[demo]" (chatterbot-corpus), or give captions with '
       "config.data.captions"

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unicode_jax import config as config_lib
+
 _FORMAT = 1  # Raise it when the decoding of images changes.
 _CHUNK = 256  # Images held in memory while the cache is being written.
 
@@ -70,7 +72,7 @@ def cached_images(
     max_broken: how many broken images to skip before giving up.
 
   Raises:
-    ValueError: more than `max_broken` images are broken, or none is readable.
+    ConfigError: more than `max_broken` images are broken, or none is readable.
   """
   root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
   key = json.dumps([_FORMAT, source, version, image_size, list(contents)])
@@ -144,13 +146,13 @@ def _write(
           items.append({**content, "row": row, "digest": pixels})
         if len(broken) > max_broken:
           shown = "\n  ".join(f"{n}: {reason}" for n, reason in broken[:10])
-          raise ValueError(
+          raise config_lib.ConfigError(
             f"{len(broken)} of the first {start + len(chunk)} images cannot "
             f"be read, more than the {max_broken} that are skipped; remove "
             f"or repair them:\n  {shown}"
           )
     if not items:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"none of the {len(contents)} images could be read: "
         f"{broken[0][0]}: {broken[0][1]}"
       )

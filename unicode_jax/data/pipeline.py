@@ -17,6 +17,7 @@ import grain
 import numpy as np
 from PIL import Image
 
+from unicode_jax import config as config_lib
 from unicode_jax.data import sequences, sources as sources_lib
 
 
@@ -98,27 +99,31 @@ def image_iterator(
     only the `num_workers` that it came from.
 
   Raises:
-    ValueError: weights do not fit the sources, a source is empty, the sizes
+    ConfigError: weights do not fit the sources, a source is empty, the sizes
       differ, `crop_scale` is outside (0, 1], or the batch does not divide.
   """
   if len(weights) != len(sources):
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"{len(weights)} weights {tuple(weights)} for {len(sources)} image "
       "sources: give one weight per source"
     )
   if min(weights, default=0) < 0 or sum(weights) <= 0:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"weights {tuple(weights)} must be >= 0 and at least one above 0"
     )
   if not 0 < crop_scale <= 1:
-    raise ValueError(f"crop_scale must lie in (0, 1], not {crop_scale}")
+    raise config_lib.ConfigError(
+      f"crop_scale must lie in (0, 1], not {crop_scale}"
+    )
   chosen = [(s, w) for s, w in zip(sources, weights) if w]
   for source, _ in chosen:
     if not len(source):
-      raise ValueError(f"image source {source.name} has no training images")
+      raise config_lib.ConfigError(
+        f"image source {source.name} has no training images"
+      )
   sizes = {source.name: source.image_size for source, _ in chosen}
   if len(set(sizes.values())) > 1:
-    raise ValueError(f"image sources differ in size: {sizes}")
+    raise config_lib.ConfigError(f"image sources differ in size: {sizes}")
   dataset = grain.MapDataset.mix(
     [
       grain.MapDataset.source(_Epochs(source, seed, i))
@@ -155,7 +160,7 @@ class PackedText:
       name: for the log.
 
     Raises:
-      ValueError: nothing is left.
+      ConfigError: nothing is left.
     """
     encoded = [
       sequences.encode_conversation(c, tokenizer) for c in conversations
@@ -168,7 +173,7 @@ class PackedText:
     self.conversations = [e for e in cut if e.loss_mask.any()]
     dropped = len(encoded) - len(self.conversations)
     if not self.conversations:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"{name}: none of {len(encoded)} conversations has an answer within "
         f"{sequence_length} tokens; raise config.text.sequence_length or give "
         "more text"
@@ -228,7 +233,7 @@ def text_iterator(
     Resumes exactly, as `image_iterator` does.
 
   Raises:
-    ValueError: no conversation has an answer in reach, or the batch does not
+    ConfigError: no conversation has an answer in reach, or the batch does not
       divide.
   """
   rows = PackedText(conversations, tokenizer, sequence_length, "training text")
@@ -253,7 +258,7 @@ def heldout_text_batches(
   the same shape.
 
   Raises:
-    ValueError: as `text_iterator`.
+    ConfigError: as `text_iterator`.
   """
   size = _per_process(global_batch_size, process_index, process_count)
   rows = PackedText(conversations, tokenizer, sequence_length, "held-out text")
@@ -340,12 +345,12 @@ def _per_process(
 ) -> int:
   """Returns the rows of a global batch that one process reads."""
   if global_batch_size < 1 or global_batch_size % process_count:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"global_batch_size {global_batch_size} must be a multiple of the "
       f"{process_count} processes"
     )
   if not 0 <= process_index < process_count:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"process_index {process_index} is not in 0..{process_count - 1}"
     )
   return global_batch_size // process_count

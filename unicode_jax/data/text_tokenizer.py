@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from unicode_jax import config as config_lib
+
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 IMAGE_START, IMAGE_END = "<image>", "</image>"
 
@@ -51,7 +53,7 @@ class TextTokenizer:
       config: contents of `tokenizer_config.json`; may be empty.
 
     Raises:
-      ValueError: no end-of-sequence token is named or has a usual name.
+      ConfigError: no end-of-sequence token is named or has a usual name.
     """
     self._json = tokenizer_json
     spec = json.loads(tokenizer_json)
@@ -64,7 +66,7 @@ class TextTokenizer:
     self.eos_id = self._role(config, "eos")
     self.pad_id = self._role(config, "pad")
     if self.eos_id is None:
-      raise ValueError(
+      raise config_lib.ConfigError(
         "the tokenizer names no end-of-sequence token: add "
         f'"eos_token" to its tokenizer_config.json (usual names: '
         f"{', '.join(_USUAL_NAMES['eos'])})"
@@ -107,13 +109,13 @@ class TextTokenizer:
     """Returns the id of a token of the vocabulary, spelled as it is there.
 
     Raises:
-      ValueError: there is none; names the nearest ones.
+      ConfigError: there is none; names the nearest ones.
     """
     if name not in self._vocab:
       lower = {token.lower(): token for token in self._vocab}
       near = difflib.get_close_matches(name.lower(), lower, n=5, cutoff=0.5)
       shown = ", ".join(repr(lower[token]) for token in near)
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"the vocabulary has no token {name!r}; "
         + (f"nearest: {shown}" if shown else "nothing in it is like it")
       )
@@ -176,17 +178,17 @@ class TextTokenizer:
       and ids that no token has.
 
     Raises:
-      ValueError: a delimiter is not in the vocabulary (names the nearest
+      ConfigError: a delimiter is not in the vocabulary (names the nearest
         tokens), both are the same, or K is below `vocab_size`.
     """
     num_codes = self.vocab_size if num_codes is None else num_codes
     if num_codes < self.vocab_size:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"the table has {num_codes} rows, the tokenizer {self.vocab_size} "
         "ids: set config.text.vocab_size to at least that"
       )
     if image_start == image_end:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"image_start and image_end are both {image_start!r}: name two tokens"
       )
     mask = np.zeros(num_codes, bool)
@@ -266,13 +268,13 @@ def train_text_tokenizer(
     image_end: name of the token that closes one.
 
   Raises:
-    ValueError: `vocab_size` leaves no room for merges, or the texts are too
+    ConfigError: `vocab_size` leaves no room for merges, or the texts are too
       few for it.
   """
   specials = list(dict.fromkeys((PAD, BOS, EOS, image_start, image_end)))
   smallest = len(specials) + 256 + 1
   if vocab_size < smallest:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"config.text.vocab_size={vocab_size} must be at least {smallest}: "
       f"{len(specials)} control tokens, 256 bytes and one merge"
     )
@@ -290,7 +292,7 @@ def train_text_tokenizer(
   )
   tokenizer.train_from_iterator(texts, trainer)
   if tokenizer.get_vocab_size() < vocab_size:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"the text gives only {tokenizer.get_vocab_size()} tokens, "
       f"config.text.vocab_size asks for {vocab_size}: lower it, or give more "
       "text"
@@ -306,7 +308,7 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     path: a folder (whatever `AutoTokenizer` loads) or a `tokenizer.json`.
 
   Raises:
-    ValueError: there is no tokenizer at that path.
+    ConfigError: there is no tokenizer at that path.
   """
   path = Path(path).expanduser()
   file = path if path.is_file() else path / "tokenizer.json"
@@ -317,13 +319,13 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     except ValueError:  # Not text, or not JSON.
       known = False
     if not known:
-      raise ValueError(
+      raise config_lib.ConfigError(
         f"{file} is not a Hugging Face tokenizer.json; give one, or the folder "
         "of a Hugging Face model"
       )
     return TextTokenizer(text, _read_config(file.parent))
   if not path.is_dir():
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"no tokenizer at {path}: config.text.tokenizer_path must be a Hugging "
       "Face tokenizer folder or a tokenizer.json"
     )
@@ -335,7 +337,7 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     )
     text = loaded.backend_tokenizer.to_str()
   except (OSError, ValueError, ImportError, AttributeError) as error:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"the folder {path} has no tokenizer.json, and transformers cannot load "
       f"it either: {error}"
     ) from error

@@ -26,10 +26,10 @@ from unicode_jax.nn.blockwise import blockwise
 
 # What the backward pass may reuse; "none" keeps everything, "full" nothing.
 REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 _in_init = nn.initializers.lecun_normal()
 
@@ -85,27 +85,27 @@ class LlamaConfig:
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise ValueError(
-          f"num_heads={self.num_heads} is not a multiple of "
-          f"num_kv_heads={self.num_kv_heads}; change one of them"
+        f"num_heads={self.num_heads} is not a multiple of "
+        f"num_kv_heads={self.num_kv_heads}; change one of them"
       )
     if self.head_dim is None:
       if self.embed_dim % self.num_heads:
         raise ValueError(
-            f"embed_dim={self.embed_dim} is not a multiple of "
-            f"num_heads={self.num_heads}; set head_dim"
+          f"embed_dim={self.embed_dim} is not a multiple of "
+          f"num_heads={self.num_heads}; set head_dim"
         )
       object.__setattr__(self, "head_dim", self.embed_dim // self.num_heads)
     if self.remat_policy not in REMAT_POLICIES:
       raise ValueError(
-          f"remat_policy={self.remat_policy!r} is unknown; use one of "
-          f"{sorted(REMAT_POLICIES)}"
+        f"remat_policy={self.remat_policy!r} is unknown; use one of "
+        f"{sorted(REMAT_POLICIES)}"
       )
 
   @property
   def out_init(self) -> nn.initializers.Initializer:
     """Keeps the residual stream's variance independent of the depth."""
     return nn.initializers.variance_scaling(
-        1 / (2 * self.num_layers), "fan_in", "truncated_normal"
+      1 / (2 * self.num_layers), "fan_in", "truncated_normal"
     )
 
 
@@ -137,9 +137,9 @@ def init_cache(config: LlamaConfig, batch: int, max_length: int) -> KVCache:
   zeros = functools.partial(jnp.zeros, shape, config.dtype)
   empty = jnp.zeros((batch, max_length), jnp.int32)
   return KVCache(
-      layers=[(zeros(), zeros()) for _ in range(config.num_layers)],
-      tokens=attention.Tokens(empty, empty),
-      length=jnp.zeros((), jnp.int32),
+    layers=[(zeros(), zeros()) for _ in range(config.num_layers)],
+    tokens=attention.Tokens(empty, empty),
+    length=jnp.zeros((), jnp.int32),
   )
 
 
@@ -154,7 +154,7 @@ def embed(embedding: jax.Array, token_ids: jax.Array) -> jax.Array:
     float32[B, T, E]. The gradient is a scatter-add, with no [N, K] array.
   """
   rows = embedding.at[token_ids].get(
-      mode="fill", fill_value=0, wrap_negative_indices=False
+    mode="fill", fill_value=0, wrap_negative_indices=False
   )
   return rows.sum(axis=-2)
 
@@ -190,9 +190,9 @@ class MLP(nn.Module):
     down = _Weight((F, E), config.out_init, name="down_proj")()
     weights = [w.astype(config.dtype) for w in (gate, up, down)]
     out_NE = blockwise(
-        lambda x_E: _swiglu(x_E, *weights),
-        x.reshape(-1, E),
-        bytes_per_item=4 * F,
+      lambda x_E: _swiglu(x_E, *weights),
+      x.reshape(-1, E),
+      bytes_per_item=4 * F,
     )
     return out_NE.reshape(x.shape)
 
@@ -207,17 +207,17 @@ class DecoderLayer(nn.Module):
     """See `attention.Attention`; returns x [B, T, E] and the layer's cache."""
     config = self.config
     attend = attention.Attention(
-        num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        qkv_bias=config.qkv_bias,
-        qk_norm=config.qk_norm,
-        norm_eps=config.norm_eps,
-        window=config.sliding_window,
-        block=config.attention_block,
-        dtype=config.dtype,
-        out_init=config.out_init,
-        name="attention",
+      num_heads=config.num_heads,
+      num_kv_heads=config.num_kv_heads,
+      head_dim=config.head_dim,
+      qkv_bias=config.qkv_bias,
+      qk_norm=config.qk_norm,
+      norm_eps=config.norm_eps,
+      window=config.sliding_window,
+      block=config.attention_block,
+      dtype=config.dtype,
+      out_init=config.out_init,
+      name="attention",
     )
     rms_norm = functools.partial(norm.RMSNorm, config.norm_eps, config.dtype)
     y = rms_norm(name="attention_norm")(x)
@@ -233,12 +233,12 @@ class Llama(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      token_ids: jax.Array,
-      positions: jax.Array | None = None,
-      segment_ids: jax.Array | None = None,
-      cache: KVCache | None = None,
-      return_hidden: bool = False,
+    self,
+    token_ids: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    cache: KVCache | None = None,
+    return_hidden: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs the decoder.
 
@@ -262,8 +262,8 @@ class Llama(nn.Module):
     config = self.config
     if token_ids.ndim != 3:
       raise ValueError(
-          f"token_ids has shape {token_ids.shape}, not [B, T, D]; give plain "
-          "ids as token_ids[..., None]"
+        f"token_ids has shape {token_ids.shape}, not [B, T, D]; give plain "
+        "ids as token_ids[..., None]"
       )
     B, T, _ = token_ids.shape
     start = 0 if cache is None else cache.length
@@ -274,7 +274,7 @@ class Llama(nn.Module):
     queries = attention.Tokens(positions, segment_ids)
     keys = None if cache is None else _append(cache, queries)
     frequencies = rope.rope_frequencies(
-        config.head_dim, config.rope_theta, config.rope_scaling
+      config.head_dim, config.rope_theta, config.rope_scaling
     )
     shared = rope.rope_table(positions, frequencies), queries, keys, start
 
@@ -293,10 +293,10 @@ class Llama(nn.Module):
     if return_hidden:
       return x_BTE, cache
     logits = jnp.einsum(
-        "BTE,EK->BTK",
-        x_BTE,
-        head.astype(config.dtype),
-        preferred_element_type=jnp.float32,
+      "BTE,EK->BTK",
+      x_BTE,
+      head.astype(config.dtype),
+      preferred_element_type=jnp.float32,
     )
     return logits, cache
 
@@ -306,16 +306,14 @@ class Llama(nn.Module):
     policy = REMAT_POLICIES[config.remat_policy]
     layer = DecoderLayer
     if config.remat_policy != "none" and cache is None:
-      layer = nn.remat(
-          layer, policy=policy, prevent_cse=not config.scan_layers
-      )
+      layer = nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
     if config.scan_layers and cache is None:
       scanned = nn.scan(
-          layer,
-          variable_axes={"params": 0},
-          split_rngs={"params": True},
-          in_axes=nn.broadcast,
-          length=config.num_layers,
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
       )
       return scanned(config, name="layers")(x_BTE, *shared)
     layers = []
@@ -336,11 +334,11 @@ def _append(cache: KVCache, new: attention.Tokens) -> attention.Tokens:
   if T > S:
     raise ValueError(f"{T} tokens don't fit a cache of {S}; make it longer")
   return jax.tree.map(
-      lambda old, new: jax.lax.dynamic_update_slice_in_dim(
-          old, new, cache.length, axis=1
-      ),
-      cache.tokens,
-      new,
+    lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+      old, new, cache.length, axis=1
+    ),
+    cache.tokens,
+    new,
   )
 
 
@@ -374,8 +372,8 @@ def unstack_layers(params: dict) -> dict:
 def num_parameters(config: LlamaConfig) -> int:
   """Counts the parameters without allocating them."""
   shapes = jax.eval_shape(
-      Llama(config).init,
-      jax.random.key(0),
-      jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),
+    Llama(config).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),
   )
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))

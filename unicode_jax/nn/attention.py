@@ -57,34 +57,34 @@ def _attend(q_GRTA, k_GSA, v_GSA, seen_TS):
   """Softmax attention, divided by the sum last: fewer passes over [T, S]."""
   G, R, T, A = q_GRTA.shape
   scores_GRTS = jnp.einsum(
-      "GNA,GSA->GNS",
-      q_GRTA.reshape(G, R * T, A),
-      k_GSA,
-      preferred_element_type=jnp.float32,
+    "GNA,GSA->GNS",
+    q_GRTA.reshape(G, R * T, A),
+    k_GSA,
+    preferred_element_type=jnp.float32,
   ).reshape(G, R, T, -1)
   scores_GRTS = jnp.where(seen_TS, scores_GRTS * A**-0.5, _MASKED)
   highest_GRT1 = scores_GRTS.max(axis=-1, keepdims=True)
   weights_GRTS = jnp.exp(scores_GRTS - jax.lax.stop_gradient(highest_GRT1))
   out_GRTA = jnp.einsum(
-      "GNS,GSA->GNA",
-      weights_GRTS.astype(v_GSA.dtype).reshape(G, R * T, -1),
-      v_GSA,
-      preferred_element_type=jnp.float32,
+    "GNS,GSA->GNA",
+    weights_GRTS.astype(v_GSA.dtype).reshape(G, R * T, -1),
+    v_GSA,
+    preferred_element_type=jnp.float32,
   ).reshape(G, R, T, A)
   total_GRT1 = weights_GRTS.sum(axis=-1, keepdims=True)
   return (out_GRTA / total_GRT1).astype(v_GSA.dtype)
 
 
 def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: Tokens,
-    keys: Tokens | None = None,
-    start: int | jax.Array = 0,
-    *,
-    window: int | None = None,
-    block: int | None = None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  queries: Tokens,
+  keys: Tokens | None = None,
+  start: int | jax.Array = 0,
+  *,
+  window: int | None = None,
+  block: int | None = None,
 ) -> jax.Array:
   """Attends in blocks of queries.
 
@@ -118,10 +118,10 @@ def attend(
       last = min(first + (block or T), T)
       end = last if keys is None else S
       seen_TS = _sees(
-          queries.cut(first, last),
-          (keys or queries).cut(0, end),
-          start + first,
-          window,
+        queries.cut(first, last),
+        (keys or queries).cut(0, end),
+        start + first,
+        window,
       )
       q_block = q_GRTA[:, :, first:last]
       outs.append(_attend(q_block, k_GSA[:, :end], v_GSA[:, :end], seen_TS))
@@ -129,7 +129,7 @@ def attend(
 
   q_BGRTA = q.reshape(B, T, G, H // G, A).transpose(0, 2, 3, 1, 4)
   out_BGRTA = blockwise(
-      one_row, (q_BGRTA, k, v, queries, keys), bytes_per_item=4 * H * T * S
+    one_row, (q_BGRTA, k, v, queries, keys), bytes_per_item=4 * H * T * S
   )
   return out_BGRTA.transpose(0, 3, 1, 2, 4).reshape(B, T, H, A)
 
@@ -163,13 +163,13 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-      self,
-      x: jax.Array,
-      rope_table: tuple[jax.Array, jax.Array],
-      queries: Tokens,
-      keys: Tokens | None = None,
-      start: int | jax.Array = 0,
-      cache: tuple[jax.Array, jax.Array] | None = None,
+    self,
+    x: jax.Array,
+    rope_table: tuple[jax.Array, jax.Array],
+    queries: Tokens,
+    keys: Tokens | None = None,
+    start: int | jax.Array = 0,
+    cache: tuple[jax.Array, jax.Array] | None = None,
   ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
     """Mixes tokens.
 
@@ -188,10 +188,10 @@ class Attention(nn.Module):
 
     def project(name, heads):
       y = nn.Dense(
-          heads * self.head_dim,
-          use_bias=self.qkv_bias,
-          dtype=self.dtype,
-          name=f"{name}_proj",
+        heads * self.head_dim,
+        use_bias=self.qkv_bias,
+        dtype=self.dtype,
+        name=f"{name}_proj",
       )(x).reshape(B, T, heads, self.head_dim)
       if self.qk_norm and name != "v":
         y = norm.RMSNorm(self.norm_eps, self.dtype, name=f"{name}_norm")(y)
@@ -203,21 +203,27 @@ class Attention(nn.Module):
     k_BGSA, v_BGSA = (y.transpose(0, 2, 1, 3) for y in (k_BTGA, v_BTGA))
     if cache is not None:
       cache = tuple(
-          jax.lax.dynamic_update_slice_in_dim(
-              old, new.astype(old.dtype), start, axis=2
-          )
-          for old, new in zip(cache, (k_BGSA, v_BGSA))
+        jax.lax.dynamic_update_slice_in_dim(
+          old, new.astype(old.dtype), start, axis=2
+        )
+        for old, new in zip(cache, (k_BGSA, v_BGSA))
       )
       k_BGSA, v_BGSA = (y.astype(self.dtype) for y in cache)
     out_BTHA = attend(
-        q_BTHA, k_BGSA, v_BGSA, queries, keys, start,
-        window=self.window, block=self.block,
+      q_BTHA,
+      k_BGSA,
+      v_BGSA,
+      queries,
+      keys,
+      start,
+      window=self.window,
+      block=self.block,
     )
     out = nn.Dense(
-        E,
-        use_bias=False,
-        dtype=self.dtype,
-        kernel_init=self.out_init,
-        name="o_proj",
+      E,
+      use_bias=False,
+      dtype=self.dtype,
+      kernel_init=self.out_init,
+      name="o_proj",
     )(out_BTHA.reshape(B, T, -1))
     return out, cache

@@ -10,7 +10,7 @@ _WHOLE_BYTES = 2**23
 
 
 def blockwise(
-    function: Callable[[Any], jax.Array], inputs: Any, bytes_per_item: int
+  function: Callable[[Any], jax.Array], inputs: Any, bytes_per_item: int
 ) -> jax.Array:
   """Maps a function over the leading axis, in pieces where that is faster.
 
@@ -32,7 +32,7 @@ def blockwise(
   if whole or jax.default_backend() != "cpu":
     return jax.vmap(function)(inputs)
   return jax.lax.map(
-      jax.checkpoint(function),
-      inputs,
-      batch_size=max(1, _PIECE_BYTES // bytes_per_item),
+    jax.checkpoint(function),
+    inputs,
+    batch_size=max(1, _PIECE_BYTES // bytes_per_item),
   )

@@ -26,5 +26,5 @@ class RMSNorm(nn.Module):
     x = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(
-        self.dtype
+      self.dtype
     )

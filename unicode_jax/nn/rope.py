@@ -32,7 +32,7 @@ class RopeScaling:
 
 
 def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None = None
+  head_dim: int, theta: float, scaling: RopeScaling | None = None
 ) -> np.ndarray:
   """Returns the angular frequency of every pair of channels.
 
@@ -59,7 +59,7 @@ def rope_frequencies(
 
 
 def rope_table(
-    positions: jax.Array, frequencies: np.ndarray
+  positions: jax.Array, frequencies: np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
   """Computes the rotation of every position, once for all layers.
 

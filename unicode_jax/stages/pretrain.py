@@ -29,6 +29,7 @@ from unicode_jax import (
 )
 from unicode_jax.data import pipeline
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
+from unicode_jax.nn import rope
 from unicode_jax.stages import run_folder, tokenizer as tokenizer_stage
 from unicode_jax.training import loop, steps
 
@@ -42,7 +43,13 @@ CURVES = tokenizer_stage.CURVES | {
 
 def build_model(config) -> unicode_lib.UniCode:
   """Makes the architecture, LLM included, that a config describes."""
-  llama = llama_lib.LlamaConfig(vocab_size=config.text.vocab_size, **config.llm)
+  settings = dict(config.llm)
+  scaling = rope.RopeScaling(**settings.pop("rope_scaling"))
+  llama = llama_lib.LlamaConfig(
+    vocab_size=config.text.vocab_size,
+    rope_scaling=None if scaling.factor == 1.0 else scaling,
+    **settings,
+  )
   return tokenizer_stage.build_model(config, llama)
 
 
@@ -83,10 +90,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     phases["llm"] = loop.Phase(
       name="llm",
       stream="text",
-      step=jax.jit(
-        steps.make_llm_step(self.model, self.optimizers["llm"]),
-        donate_argnums=0,
-      ),
+      step=steps.make_llm_step(self.model, self.optimizers["llm"]),
       items=text.global_batch_size * text.sequence_length,
       unit="tokens",
     )
@@ -117,53 +121,76 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     image_turn = in_cycle < self.schedule.tokenizer_steps
     return self.phases["tokenizer" if image_turn else "llm"]
 
-  def after_step(self, state, step: int):
-    """Syncs, writes back, loads or snaps, as the paradigm and schedule say."""
-    paradigm = self.config.codebook.paradigm
-    if step > self.config.num_steps:
-      return state
-    if step == self.config.num_steps:
-      rule = "snap" if paradigm in ("language_driven", "dual") else None
-    elif paradigm == "language_driven":
-      rule = "sync" if step % self.config.codebook.sync_every == 0 else None
-    elif paradigm == "dual":
-      rule = {
-        self.schedule.tokenizer_steps: "write_back",
-        0: "load_from_language",
-      }.get(step % self.cycle)
-    else:
-      rule = None
-    return state if rule is None else self._apply(rule, state)
+  def transition(self, step: int) -> loop.Transition | None:
+    """Says how rows move between table and codebook after a step.
 
-  @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-  def _apply(self, rule: str, state):
-    variables, model = state.variables, self.model
-    args = (
+    A round of `dual` that the end of the alternation cuts short is written back
+    like any other, so that what the tokenizer learned is not lost.
+    """
+    paradigm = self.config.codebook.paradigm
+    in_cycle = step % self.cycle
+    if step > self.config.num_steps or paradigm in ("frozen", "projected"):
+      return None
+    if step == self.config.num_steps:
+      open_round = 0 < in_cycle <= self.schedule.tokenizer_steps
+      if paradigm == "dual" and open_round:
+        return self.write_back_and_snap
+      return self.snap
+    if paradigm == "dual":
+      return {
+        self.schedule.tokenizer_steps: self.write_back,
+        0: self.load_from_language,
+      }.get(in_cycle)
+    due = step % self.config.codebook.sync_every == 0
+    return self.sync if due else None
+
+  def _args(self, state):
+    variables = state.variables
+    return (
       variables.params["codebook"],
       variables.codebook_state,
-      model.embedding(variables.params),
+      self.model.embedding(variables.params),
       variables.valid,
-      model.codebook,
+      self.model.codebook,
     )
-    params = dict(variables.params)
-    if rule == "write_back":
-      params["llm"] = {
-        **params["llm"],
-        "embed_tokens": {"embedding": codebook_lib.write_back(*args)},
-      }
-    else:
-      move = {
-        "sync": codebook_lib.sync,
-        "load_from_language": codebook_lib.load_from_language,
-        "snap": codebook_lib.snap,
-      }[rule]
-      params["codebook"] = move(*args)
-    return state.replace(variables=variables.replace(params=params))
+
+  def _replace(self, state, **groups):
+    params = {**state.variables.params, **groups}
+    return state.replace(variables=state.variables.replace(params=params))
+
+  def sync(self, state):
+    """Pulls the codebook towards the LLM's table."""
+    return self._replace(state, codebook=codebook_lib.sync(*self._args(state)))
+
+  def snap(self, state):
+    """Makes the codebook the LLM's table."""
+    return self._replace(state, codebook=codebook_lib.snap(*self._args(state)))
+
+  def load_from_language(self, state):
+    """Begins a round of `dual`."""
+    codebook = codebook_lib.load_from_language(*self._args(state))
+    return self._replace(state, codebook=codebook)
+
+  def write_back(self, state):
+    """Ends the tokenizer's part of a round of `dual`."""
+    embedding = codebook_lib.write_back(*self._args(state))
+    llm = state.variables.params["llm"]
+    return self._replace(
+      state, llm={**llm, "embed_tokens": {"embedding": embedding}}
+    )
+
+  def write_back_and_snap(self, state):
+    """Ends the last round of `dual` when it is cut short."""
+    return self.snap(self.write_back(state))
 
   @functools.partial(jax.jit, static_argnums=0)
-  def _unity(self, variables, image):
+  def _drift(self, state):
+    return codebook_lib.drift(*self._args(state))
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _agreement(self, variables, image):
     model = self.model
-    agreement = quantizer_lib.code_agreement(
+    return quantizer_lib.code_agreement(
       model.features(variables, image),
       model.table(variables),
       model.language_table(variables),
@@ -172,21 +199,14 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       kind=model.quantizer,
       depth=model.depth,
     )
-    drift = codebook_lib.drift(
-      variables.params["codebook"],
-      variables.codebook_state,
-      model.embedding(variables.params),
-      variables.valid,
-      model.codebook,
-    )
-    return {"drift": drift, "code_agreement": agreement}
 
   def summarize(self, state, window, batch) -> dict[str, float]:
-    """Adds drift and code agreement (H3), on the window's last images."""
+    """Adds drift and code agreement (H3), on the latest images."""
     values = super().summarize(state, window, batch)
+    values["drift"] = float(self._drift(state))
     if batch is not None:
-      unity = self._unity(state.variables, batch["image"])
-      values |= {name: float(value) for name, value in unity.items()}
+      agreement = self._agreement(state.variables, batch["image"])
+      values["code_agreement"] = float(agreement)
     return values
 
   @functools.partial(jax.jit, static_argnums=0)
@@ -218,9 +238,8 @@ def run(config, workdir: pathlib.Path) -> None:
   run_folder.check(workdir, config)
   data = tokenizer_stage.load_data(config, with_text=True)
   text = config.text
-  with tokenizer_stage.config_errors():
-    valid = data.text_tokenizer.visual_code_mask(
-      text.image_start, text.image_end, text.vocab_size
-    )
+  valid = data.text_tokenizer.visual_code_mask(
+    text.image_start, text.image_end, text.vocab_size
+  )
   stage = PretrainStage(config, data, build_model(config), valid)
   tokenizer_stage.train_and_report(stage, config, workdir, mesh, CURVES)

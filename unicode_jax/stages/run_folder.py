@@ -13,8 +13,8 @@ FREE_KEYS = (
   "keep_checkpoints",
   "platform",
   "data.cache_dir",
-  "data.num_workers",
   "mesh",
+  "alarm",
 )
 
 

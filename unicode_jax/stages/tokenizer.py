@@ -4,8 +4,6 @@ METHOD section 2: encoder, quantizer and decoder, no LLM. Stage I
 (`stages.pretrain`) builds on the same class.
 """
 
-import contextlib
-import functools
 import itertools
 import pathlib
 
@@ -110,21 +108,11 @@ def load_data(config, *, with_text: bool) -> data_lib.Data:
   Raises:
     ConfigError: If what the config names is not there or of no use.
   """
-  with config_errors():
-    return data_lib.load_data(
-      data_lib.DataConfig(**config.data),
-      data_lib.TextConfig(**config.text) if with_text else None,
-      config.image_size,
-    )
-
-
-@contextlib.contextmanager
-def config_errors():
-  """Turns errors about what a config names into errors of the config."""
-  try:
-    yield
-  except (ValueError, ImportError, OSError) as error:
-    raise config_lib.ConfigError(str(error)) from error
+  return data_lib.load_data(
+    data_lib.DataConfig(**config.data),
+    data_lib.TextConfig(**config.text) if with_text else None,
+    config.image_size,
+  )
 
 
 class TokenizerStage:
@@ -166,10 +154,7 @@ class TokenizerStage:
         optimizer=self.optimizers["discriminator"],
       )
     if loss.perceptual > 0:
-      with config_errors():
-        self.perceptual_weights = perceptual.load_weights(
-          loss.perceptual_weights
-        )
+      self.perceptual_weights = perceptual.load_weights(loss.perceptual_weights)
     self.phases = self._make_phases()
 
   def _optimizer(self, name: str, num_steps: int):
@@ -183,7 +168,10 @@ class TokenizerStage:
     updates = self._tokenizer_updates()
     optimizers = {"tokenizer": self._optimizer("tokenizer", updates)}
     if self.config.tokenizer.loss.adversarial > 0:
-      optimizers["discriminator"] = self._optimizer("discriminator", updates)
+      before = self.config.tokenizer.loss.disc_start / self.config.num_steps
+      optimizers["discriminator"] = self._optimizer(
+        "discriminator", round(updates * max(0.0, 1.0 - before))
+      )
     return optimizers
 
   def _make_phases(self) -> dict[str, loop.Phase]:
@@ -211,10 +199,8 @@ class TokenizerStage:
     return loop.Phase(
       name=name,
       stream="image",
-      step=functools.partial(
-        jax.jit(step, donate_argnums=0),
-        perceptual_weights=self.perceptual_weights,
-      ),
+      step=step,
+      constants=self.perceptual_weights,
       items=self.config.data.global_batch_size,
       unit="images",
     )
@@ -266,10 +252,10 @@ class TokenizerStage:
     del step
     return self.phases["tokenizer"]
 
-  def after_step(self, state, step: int):
-    """Leaves the state alone: a private codebook has nothing to follow."""
+  def transition(self, step: int) -> loop.Transition | None:
+    """Returns None: a private codebook has nothing to follow."""
     del step
-    return state
+    return None
 
   def summarize(self, state, window, batch) -> dict[str, float]:
     """Adds codebook statistics over the log window."""
@@ -284,16 +270,23 @@ class TokenizerStage:
         }
     return values
 
+  def _residual_energy(self, metrics) -> list[float]:
+    return [
+      metrics[f"residual_energy/depth{d + 1}"] for d in range(self.model.depth)
+    ]
+
+  def growing_energy(self, metrics) -> str | None:
+    """Says which depth adds energy, if one does (H2)."""
+    return alarm_lib.growing_energy(self._residual_energy(metrics))
+
   def likely_cause(self, metrics) -> str:
     """Names the hazard that the metrics point to."""
     return alarm_lib.likely_cause(
-      [
-        metrics[f"residual_energy/depth{d + 1}"]
-        for d in range(self.model.depth)
-      ],
+      self._residual_energy(metrics),
       feature_std=metrics["tokenizer/feature_std"],
       l2_normalize=self.model.codebook.l2_normalize,
       code_dim=self.model.codebook.code_dim,
+      paradigm=self.model.codebook.paradigm,
       code_agreement=metrics.get("code_agreement"),
     )
 

@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 
+from unicode_jax import config as config_lib
 
-class CollapseError(RuntimeError):
+
+class CollapseError(config_lib.RunError):
   """Raised when the alarm is configured to stop the run."""
 
 
@@ -31,12 +33,34 @@ class AlarmConfig:
   stop: bool
 
 
+def growing_energy(residual_energy: Sequence[float]) -> str | None:
+  """Says which depth adds energy instead of taking it away (H2).
+
+  Args:
+    residual_energy: float[D], share of the input's energy left after each
+      depth.
+
+  Returns:
+    One sentence with cause and remedy, None if the energy never grows.
+  """
+  energies = [1.0, *residual_energy]
+  for d, (before, after) in enumerate(itertools.pairwise(energies), start=1):
+    if after > before:
+      return (
+        f"depth {d} adds energy (residual {before:.3g} -> {after:.3g}): the "
+        "encoder's scale does not match the table's; set "
+        "codebook.l2_normalize=True"
+      )
+  return None
+
+
 def likely_cause(
   residual_energy: Sequence[float],
   *,
   feature_std: float,
   l2_normalize: bool,
   code_dim: int,
+  paradigm: str,
   code_agreement: float | None,
 ) -> str:
   """Names the hazard that fits the measurements best.
@@ -47,6 +71,7 @@ def likely_cause(
     feature_std: Standard deviation of the encoder's output over a batch.
     l2_normalize: Whether selection is by cosine.
     code_dim: Dimension in which codes are selected.
+    paradigm: How codebook and table relate.
     code_agreement: Share of ids that the LLM's table would choose too, or None
       where there is no LLM.
 
@@ -59,14 +84,9 @@ def likely_cause(
       "collapsed; lower optimizer.tokenizer.learning_rate or "
       "tokenizer.loss.commitment"
     )
-  energies = [1.0, *residual_energy]
-  for d, (before, after) in enumerate(itertools.pairwise(energies), start=1):
-    if after > before:
-      return (
-        f"depth {d} adds energy (residual {before:.3g} -> {after:.3g}): the "
-        "encoder's scale does not match the table's; set "
-        "codebook.l2_normalize=True"
-      )
+  growth = growing_energy(residual_energy)
+  if growth is not None:
+    return growth
   if code_dim > 64 or not l2_normalize:
     return (
       f"nearest-code search in {code_dim} dimensions"
@@ -74,7 +94,8 @@ def likely_cause(
       "rows of near-constant norm; use codebook.code_dim between 16 and 32 and "
       "codebook.l2_normalize=True"
     )
-  if code_agreement is not None and code_agreement < 0.5:
+  drifting = code_agreement is not None and code_agreement < 0.5
+  if paradigm == "language_driven" and drifting:
     return (
       f"the codebook left the LLM's table (code agreement {code_agreement:.2f})"
       "; lower codebook.sync_decay or codebook.sync_every"
@@ -99,6 +120,7 @@ class CollapseAlarm:
     """
     self.config = config
     self.below_since = below_since
+    self._rung = False
 
   def update(
     self, step: int, metrics: Mapping[str, float], cause: str
@@ -111,7 +133,7 @@ class CollapseAlarm:
       cause: Sentence of `likely_cause`.
 
     Returns:
-      The alarm's text, or None while all is well.
+      The alarm's text, once per collapse; None while all is well.
     """
     usage = metrics["usage/depth1"]
     perplexity = metrics["perplexity/depth1"]
@@ -120,12 +142,13 @@ class CollapseAlarm:
       and perplexity >= self.config.perplexity_floor
     )
     if well:
-      self.below_since = None
+      self.below_since, self._rung = None, False
       return None
     if self.below_since is None:
       self.below_since = step
-    if step - self.below_since < self.config.patience:
+    if self._rung or step - self.below_since < self.config.patience:
       return None
+    self._rung = True
     return (
       f"CODEBOOK COLLAPSE at step {step}: usage {usage:.4f} (floor "
       f"{self.config.usage_floor}), perplexity {perplexity:.1f} (floor "

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from unicode_jax import sharding
+from unicode_jax import config as config_lib, sharding
 from unicode_jax.training import (
   alarm as alarm_lib,
   checkpoint as checkpoint_lib,
@@ -47,23 +47,32 @@ class LoopConfig:
   record: Mapping[str, Any]
 
 
-@dataclasses.dataclass(frozen=True)
+Transition = Callable[[state_lib.TrainState], state_lib.TrainState]
+
+
+class DivergenceError(config_lib.RunError):
+  """Raised when a loss is not finite."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Phase:
   """One kind of step.
 
   Attributes:
     name: For metrics, e.g. "tokenizer".
     stream: Name of the data stream that it reads.
-    step: Jitted (state, batch) -> (state, metrics); the state is donated.
+    step: Pure (state, batch, constants) -> (state, metrics).
     items: How much a step consumes, all processes together.
     unit: Of what, "images" or "tokens".
+    constants: Tree of arrays that every step is given, e.g. fixed weights.
   """
 
   name: str
   stream: str
-  step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]]
+  step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
   items: int
   unit: str
+  constants: Any = None
 
 
 class Stage(Protocol):
@@ -81,12 +90,14 @@ class Stage(Protocol):
   def phase(self, step: int) -> Phase:
     """Returns what to do at a step (0-based)."""
 
-  def after_step(
-    self, state: state_lib.TrainState, step: int
-  ) -> state_lib.TrainState:
-    """Moves rows between table and codebook where the schedule says so.
+  def transition(self, step: int) -> Transition | None:
+    """Says how rows move between table and codebook after a step.
 
-    `step` counts the steps done.
+    Args:
+      step: Steps done.
+
+    Returns:
+      A pure function of the state, None where nothing moves.
     """
 
   def summarize(
@@ -97,8 +108,11 @@ class Stage(Protocol):
   ) -> dict[str, float]:
     """Turns the sums of a log window into scalars to log.
 
-    `batch` is the last image batch of the window, None if it had none.
+    `batch` is the latest image batch, None before the first.
     """
+
+  def growing_energy(self, metrics: Mapping[str, float]) -> str | None:
+    """Says which depth adds energy, if one does (H2)."""
 
   def likely_cause(self, metrics: Mapping[str, float]) -> str:
     """Says why the codebook would be collapsing, should it be."""
@@ -115,6 +129,31 @@ class Stage(Protocol):
 
   def headline(self, metrics: Mapping[str, float]) -> str:
     """Says the metrics in a few words, for the progress line."""
+
+
+class _Programs:
+  """Compiles every step and transition once, and keeps the state in place."""
+
+  def __init__(self, shardings, mesh: jax.sharding.Mesh):
+    self._shardings = shardings
+    self._metrics = sharding.replicated(mesh)
+    self._compiled: dict[Any, Callable] = {}
+
+  def _get(self, function, out_shardings):
+    if function not in self._compiled:
+      self._compiled[function] = jax.jit(
+        function, donate_argnums=0, out_shardings=out_shardings
+      )
+    return self._compiled[function]
+
+  def step(self, phase: Phase, state, batch):
+    """Runs a phase's step; the state is donated."""
+    program = self._get(phase.step, (self._shardings, self._metrics))
+    return program(state, batch, phase.constants)
+
+  def move(self, transition: Transition, state):
+    """Runs a transition; the state is donated."""
+    return self._get(transition, self._shardings)(state)
 
 
 class _Clock:
@@ -134,19 +173,19 @@ class _Clock:
     self._seconds = collections.Counter()
     self._steps = collections.Counter()
 
-  def run(self, phase: Phase, state, batch):
+  def run(self, programs: _Programs, phase: Phase, state, batch):
     """Runs one step, and counts it."""
     if phase not in self._seen:
       self.pause()
       self._seen.add(phase)
       start = time.monotonic()
-      result = jax.block_until_ready(phase.step(state, batch))
+      result = jax.block_until_ready(programs.step(phase, state, batch))
       self.compile_seconds += time.monotonic() - start
       return result
     if phase != self._phase:
       self.pause()
       self._phase, self._start = phase, time.monotonic()
-    state, step_metrics = phase.step(state, batch)
+    state, step_metrics = programs.step(phase, state, batch)
     self._pending = step_metrics
     self._steps[phase] += 1
     return state, step_metrics
@@ -186,15 +225,15 @@ def train(
     workdir: Run folder.
     config: Intervals.
     mesh: Device mesh.
-    until_step: Stop after this many steps as a preempted run would, with a
-      checkpoint; None runs to the end.
+    until_step: Stop after this many steps, with a checkpoint; None runs to the
+      end.
 
   Returns:
     The state.
 
   Raises:
     alarm_lib.CollapseError: If the collapse alarm is configured to stop.
-    FloatingPointError: If a loss is not finite.
+    DivergenceError: If a loss is not finite.
   """
   workdir.mkdir(parents=True, exist_ok=True)
   checkpointer = checkpoint_lib.Checkpointer(
@@ -202,103 +241,122 @@ def train(
   )
   iterators = stage.make_iterators()
   key = jax.random.key(config.seed)
-  shardings = sharding.fsdp_shardings(jax.eval_shape(stage.init, key), mesh)
-  step, alarm_since, seconds_before = 0, None, 0.0
-  stop_at = stage.total_steps
-  if until_step is not None:
-    stop_at = min(stop_at, until_step)
+  shapes = jax.eval_shape(stage.init, key)
+  shardings = sharding.fsdp_shardings(shapes, mesh)
   latest = checkpointer.latest_step()
   if latest is None:
     state = jax.jit(
       stage.init, out_shardings=shardings, compiler_options=_COMPILE_FAST
     )(key)
+    step, record = 0, {"alarm_below_since": None, "train_seconds": 0.0}
   else:
-    target = checkpoint_lib.abstract(jax.eval_shape(stage.init, key), shardings)
+    target = checkpoint_lib.abstract(shapes, shardings)
     state, record = checkpointer.restore(latest, target, iterators)
     step = latest
-    alarm_since = record["alarm_below_since"]
-    seconds_before = record["train_seconds"]
+  stop_at = stage.total_steps
+  if until_step is not None:
+    stop_at = min(stop_at, until_step)
 
   is_main = jax.process_index() == 0
-  writer = metrics_lib.MetricWriter(workdir, step) if is_main else None
-  progress = metrics_lib.Progress(stage.total_steps, step)
-  alarm = alarm_lib.CollapseAlarm(stage.alarm_config, alarm_since)
+  writer = metrics_lib.MetricWriter(workdir, latest) if is_main else None
+  progress = metrics_lib.Progress(stage.total_steps, step, silent=not is_main)
+  alarm = alarm_lib.CollapseAlarm(
+    stage.alarm_config, record["alarm_below_since"]
+  )
+  programs = _Programs(shardings, mesh)
   window, clock = metrics_lib.Window(), _Clock()
   image_batch = None
-  started = time.monotonic()
+  energy_warning = None
+  started = time.monotonic() - record["train_seconds"]
   if latest is not None:
     progress.say(f"resumed from step {step} in {workdir}")
 
-  def seconds() -> float:
-    return seconds_before + time.monotonic() - started
-
   def every(interval: int) -> bool:
-    return interval > 0 and (step % interval == 0 or step == stage.total_steps)
+    return step % interval == 0 or step == stage.total_steps
 
   def write(values: Mapping[str, float]) -> None:
     if writer is not None:
       writer.write(step, values)
 
-  def draw() -> None:
-    for name, (columns, titles) in stage.pictures(state).items():
-      if is_main:
-        pictures.save_grid(
-          workdir / "pictures" / f"{name}_{step:06d}.png", columns, titles
-        )
+  def save() -> None:
+    checkpointer.save(
+      step,
+      state,
+      iterators,
+      dict(config.record)
+      | {
+        "alarm_below_since": alarm.below_since,
+        "train_seconds": time.monotonic() - started,
+      },
+    )
+
+  def check(values: Mapping[str, float]) -> None:
+    bad = [n for n, v in values.items() if not math.isfinite(v)]
+    if any(name.endswith("loss") for name in bad):
+      raise DivergenceError(
+        f"{', '.join(bad)} not finite at step {step}: start again in another "
+        "--workdir with a lower optimizer.*.learning_rate; the newest "
+        f"checkpoint here is step {checkpointer.latest_step()}"
+      )
+
+  def sound(values: Mapping[str, float]) -> None:
+    nonlocal energy_warning
+    growth = stage.growing_energy(values)
+    if growth is not None and growth != energy_warning:
+      progress.say(f"WARNING at step {step}: {growth}")
+    energy_warning = growth
+    text = alarm.update(step, values, stage.likely_cause(values))
+    if text is None:
+      return
+    progress.say(text)
+    if is_main:
+      with (workdir / "ALARM.txt").open("a") as file:
+        file.write(text + "\n")
+    if alarm.config.stop:
+      save()
+      raise alarm_lib.CollapseError(
+        text + " The run stopped, with a checkpoint; "
+        "--config.alarm.stop=False goes on."
+      )
 
   try:
     if latest is None:
-      write(stage.evaluate(state, final=step == stage.total_steps))
+      write(stage.evaluate(state, final=False))
     while step < stop_at:
       phase = stage.phase(step)
       batch = sharding.put_batch(next(iterators[phase.stream]), mesh)
       if "image" in batch:
         image_batch = batch
-      state, step_metrics = clock.run(phase, state, batch)
+      state, step_metrics = clock.run(programs, phase, state, batch)
       window.add(step_metrics)
       step += 1
-      state = stage.after_step(state, step)
+      transition = stage.transition(step)
+      if transition is not None:
+        state = programs.move(transition, state)
       checkpoint_due = every(config.checkpoint_every) or step == stop_at
       if every(config.log_every) or checkpoint_due:
         timing = clock.flush()
+        timing["time/train_seconds"] = time.monotonic() - started
         values = stage.summarize(state, window.flush(), image_batch)
-        image_batch = None
-        bad = [n for n, v in values.items() if not math.isfinite(v)]
-        if any(name.endswith("loss") for name in bad):
-          raise FloatingPointError(
-            f"{', '.join(bad)} not finite at step {step}: lower the learning "
-            f"rate; the newest checkpoint is step {checkpointer.latest_step()}"
-          )
-        text = None
-        if "usage/depth1" in values:
-          text = alarm.update(step, values, stage.likely_cause(values))
-        write(values | timing | {"time/train_seconds": seconds()})
+        check(values)
+        write(values | timing)
         progress.show(step, stage.headline(values))
-        if text is not None:
-          progress.say(text)
-          if is_main:
-            with (workdir / "ALARM.txt").open("a") as file:
-              file.write(text + "\n")
-          if alarm.config.stop:
-            raise alarm_lib.CollapseError(text)
+        if "usage/depth1" in values:
+          sound(values)
       if every(config.eval_every):
         clock.pause()
         write(stage.evaluate(state, final=step == stage.total_steps))
       if every(config.picture_every):
         clock.pause()
-        draw()
+        for name, (columns, titles) in stage.pictures(state).items():
+          if is_main:
+            pictures.save_grid(
+              workdir / "pictures" / f"{name}_{step:06d}.png", columns, titles
+            )
       if checkpoint_due:
-        checkpointer.save(
-          step,
-          state,
-          iterators,
-          dict(config.record)
-          | {
-            "alarm_below_since": alarm.below_since,
-            "train_seconds": seconds(),
-          },
-        )
+        save()
   finally:
+    progress.end()
     if writer is not None:
       writer.close()
     checkpointer.close()

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 
 def next_token_loss(
-    hidden: jax.Array,
-    head_kernel: jax.Array,
-    labels: jax.Array,
-    loss_mask: jax.Array,
-    chunk: int = 1024,
+  hidden: jax.Array,
+  head_kernel: jax.Array,
+  labels: jax.Array,
+  loss_mask: jax.Array,
+  chunk: int = 1024,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Averages the cross entropy of the labels over the unmasked positions.
 
@@ -43,13 +43,13 @@ def next_token_loss(
   B, T, E = hidden.shape
   if not labels.shape == loss_mask.shape == (B, T) or head_kernel.shape[0] != E:
     raise ValueError(
-        f"hidden {hidden.shape} needs labels and loss_mask of shape {(B, T)} "
-        f"and a head of {E} rows, not {labels.shape}, {loss_mask.shape} and "
-        f"{head_kernel.shape}"
+      f"hidden {hidden.shape} needs labels and loss_mask of shape {(B, T)} "
+      f"and a head of {E} rows, not {labels.shape}, {loss_mask.shape} and "
+      f"{head_kernel.shape}"
     )
   num_tokens = loss_mask.astype(jnp.float32).sum()
   total, correct = _summed_loss(
-      max(1, chunk // B), hidden, head_kernel, labels, loss_mask
+    max(1, chunk // B), hidden, head_kernel, labels, loss_mask
   )
   loss = total / jnp.where(num_tokens > 0, num_tokens, 1.0)
   return loss, {"num_tokens": num_tokens, "correct": correct}
@@ -77,7 +77,7 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
   def one_chunk(carry, inputs):
     (loss, hits), d_kernel_EK = carry
     x_NE, labels_N, mask_N = jax.tree.map(
-        lambda x: x.reshape(B * length, *x.shape[2:]), inputs
+      lambda x: x.reshape(B * length, *x.shape[2:]), inputs
     )
     logits_NK = product("NE,EK->NK", x_NE, kernel_EK)
     is_label_NK = labels_N[:, None] == jnp.arange(kernel.shape[1])
@@ -90,8 +90,7 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
     d_x = None
     if with_gradient:
       d_logits_NK = (
-          exp_NK * (mask_N / total_N)[:, None]
-          - is_label_NK * mask_N[:, None]
+        exp_NK * (mask_N / total_N)[:, None] - is_label_NK * mask_N[:, None]
       ).astype(hidden.dtype)
       d_kernel_EK += product("NE,NK->EK", x_NE, d_logits_NK)
       d_x = product("NK,EK->NE", d_logits_NK, kernel_EK)
@@ -99,11 +98,11 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
     return ((loss, hits), d_kernel_EK), d_x
 
   start = (
-      (jnp.zeros(()), jnp.zeros(())),
-      jnp.zeros(kernel.shape) if with_gradient else None,
+    (jnp.zeros(()), jnp.zeros(())),
+    jnp.zeros(kernel.shape) if with_gradient else None,
   )
   (sums, d_kernel), d_hidden = jax.lax.scan(
-      one_chunk, start, tuple(map(split, (hidden, labels, mask)))
+    one_chunk, start, tuple(map(split, (hidden, labels, mask)))
   )
   if with_gradient:
     d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, E)[:, :T]

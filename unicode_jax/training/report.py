@@ -67,19 +67,20 @@ def write_report(
     The report's path.
   """
   rows = metrics_lib.read_jsonl(workdir / "metrics.jsonl")
-  first: dict[str, float] = {}
+  before: dict[str, float] = {}
   last: dict[str, float] = {}
   for row in rows:
-    for name, value in row.items():
-      if name.startswith("eval/"):
-        first.setdefault(name, value)
-        last[name] = value
+    measured = {n: v for n, v in row.items() if n.startswith("eval/")}
+    if row["step"] == 0:
+      before |= measured
+    last |= measured
   lines = [f"# {title}", ""]
   lines += [f"- {name}: {value}" for name, value in facts.items()]
   lines += ["", "## Held-out data, before and after", ""]
   lines += ["| metric | before | after |", "|---|---|---|"]
   lines += [
-    f"| {name} | {_number(first[name])} | {_number(last[name])} |"
+    f"| {name} | {_number(before[name]) if name in before else '-'} "
+    f"| {_number(last[name])} |"
     for name in sorted(last)
   ]
   lines += ["", "## Pictures", ""]

@@ -104,7 +104,10 @@ def make_tokenizer_step(
     z = model.features(variables, image)
     output = model.quantize(variables, z)
     features = drop_depth(
-      state.step_key(), output.quantized, output.partial, losses.depth_dropout
+      jax.random.fold_in(state.step_key(), 0),
+      output.quantized,
+      output.partial,
+      losses.depth_dropout,
     )
     reconstruction = model.decode_features(variables, features)
     terms = {
@@ -128,7 +131,7 @@ def make_tokenizer_step(
       total += losses.perceptual * terms["perceptual_loss"]
     return (total, reconstruction), (terms, output, z)
 
-  def step(state: state_lib.TrainState, batch, perceptual_weights=None):
+  def step(state: state_lib.TrainState, batch, perceptual_weights):
     image = batch["image"]
     variables = state.variables
     groups = {name: variables.params[name] for name in trained}
@@ -197,7 +200,7 @@ def _move_codebook(state, params, codebook_state, output, z, config):
     )
   if config.restart_dead_after:
     params, codebook_state = codebook_lib.restart_dead_codes(
-      state.step_key(),
+      jax.random.fold_in(state.step_key(), 1),
       params,
       codebook_state,
       jnp.sum(output.counts, 0),
@@ -218,10 +221,11 @@ def make_llm_step(
     optimizer: Updates the LLM, its token table included.
 
   Returns:
-    (state, packed text batch) -> (state, metrics).
+    (state, packed text batch, unused) -> (state, metrics).
   """
 
-  def step(state: state_lib.TrainState, batch):
+  def step(state: state_lib.TrainState, batch, constants=None):
+    del constants
     params = state.variables.params
     (loss, aux), grads = jax.value_and_grad(
       lambda llm: text_loss(model, llm, batch), has_aux=True
