@@ -26,15 +26,27 @@ for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
   os.environ.pop(name, None)
 
 MODELS = {
-    # The small preset of configs/pretrain.py.
-    "small": dict(
-        vocab_size=2048, embed_dim=192, num_layers=4, num_heads=6,
-        num_kv_heads=2, mlp_dim=512, batch=8, length=128,
-    ),
-    "wide": dict(
-        vocab_size=4096, embed_dim=256, num_layers=6, num_heads=8,
-        num_kv_heads=8, mlp_dim=704, batch=8, length=512,
-    ),
+  # The small preset of configs/pretrain.py.
+  "small": dict(
+    vocab_size=2048,
+    embed_dim=192,
+    num_layers=4,
+    num_heads=6,
+    num_kv_heads=2,
+    mlp_dim=512,
+    batch=8,
+    length=128,
+  ),
+  "wide": dict(
+    vocab_size=4096,
+    embed_dim=256,
+    num_layers=6,
+    num_heads=8,
+    num_kv_heads=8,
+    mlp_dim=704,
+    batch=8,
+    length=512,
+  ),
 }
 
 
@@ -83,19 +95,19 @@ def torch_step(shape, ids, labels, threads):
   torch.set_num_threads(threads)
   torch.manual_seed(0)
   model = transformers.LlamaForCausalLM(
-      transformers.LlamaConfig(
-          vocab_size=shape["vocab_size"],
-          hidden_size=shape["embed_dim"],
-          num_hidden_layers=shape["num_layers"],
-          num_attention_heads=shape["num_heads"],
-          num_key_value_heads=shape["num_kv_heads"],
-          intermediate_size=shape["mlp_dim"],
-          tie_word_embeddings=True,
-      )
+    transformers.LlamaConfig(
+      vocab_size=shape["vocab_size"],
+      hidden_size=shape["embed_dim"],
+      num_hidden_layers=shape["num_layers"],
+      num_attention_heads=shape["num_heads"],
+      num_key_value_heads=shape["num_kv_heads"],
+      intermediate_size=shape["mlp_dim"],
+      tie_word_embeddings=True,
+    )
   )
   model.train()
   optimizer = torch.optim.AdamW(
-      model.parameters(), 1e-3, weight_decay=0.01, fused=True
+    model.parameters(), 1e-3, weight_decay=0.01, fused=True
   )
   ids, labels = torch.tensor(ids).long(), torch.tensor(labels).long()
 
@@ -128,12 +140,12 @@ def main():
   shape = dict(MODELS[args.model])
   batch, length = shape.pop("batch"), shape.pop("length")
   tokens = np.random.default_rng(0).integers(
-      0, shape["vocab_size"], (batch, length + 1), np.int32
+    0, shape["vocab_size"], (batch, length + 1), np.int32
   )
   ids, labels = tokens[:, :-1], tokens[:, 1:]
   runs = {
-      "jax": jax_step(shape, ids, labels, {"scan_layers": args.scan}),
-      "torch": torch_step(shape, ids, labels, len(cpus)),
+    "jax": jax_step(shape, ids, labels, {"scan_layers": args.scan}),
+    "torch": torch_step(shape, ids, labels, len(cpus)),
   }
   clock = time.process_time if args.cpu_time else time.perf_counter
   for name, run in runs.items():
@@ -146,15 +158,15 @@ def main():
       seconds[name].append(clock() - start)
 
   print(
-      f"{args.model}: batch {batch} x {length}, {shape}, {len(cpus)} threads, "
-      f"{'CPU' if args.cpu_time else 'wall'} time, {args.repeats} repeats, "
-      f"load {os.getloadavg()[0]:.1f}"
+    f"{args.model}: batch {batch} x {length}, {shape}, {len(cpus)} threads, "
+    f"{'CPU' if args.cpu_time else 'wall'} time, {args.repeats} repeats, "
+    f"load {os.getloadavg()[0]:.1f}"
   )
   for name, values in seconds.items():
     low, median, high = np.percentile(values, [10, 50, 90])
     print(
-        f"{name:6} {1e3 * median:8.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f},"
-        f" 10th to 90th percentile), {batch * length / median:.0f} tokens/s"
+      f"{name:6} {1e3 * median:8.1f} ms ({1e3 * low:.1f} to {1e3 * high:.1f},"
+      f" 10th to 90th percentile), {batch * length / median:.0f} tokens/s"
     )
   ratios = np.array(seconds["jax"]) / np.array(seconds["torch"])
   low, median, high = np.percentile(ratios, [10, 50, 90])
