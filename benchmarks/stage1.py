@@ -207,7 +207,8 @@ def write(doc: pathlib.Path, runs, command: str, out: pathlib.Path) -> None:
     "## Unity and language",
     "",
     f"Step {at} is the last log line with images before the alternation ends; "
-    "at the end `dual` and `language_driven` snap to the table.",
+    "`dual` writes back when a turn of image steps ends, and at the end of the "
+    "alternation `dual` and `language_driven` snap to the table.",
     "",
   ]
   lines += table(

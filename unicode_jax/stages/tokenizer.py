@@ -45,8 +45,10 @@ CURVES = {
   "Codebook usage": ("usage/",),
   "Perplexity": ("perplexity/",),
   "Residual energy": ("residual_energy/",),
-  "Held-out usage": tuple(
-    f"eval/{name}/usage" for name in ("openmoji_heldout", "folder_heldout")
+  "Held-out PSNR": ("eval/openmoji_heldout/psnr/", "eval/folder_heldout/psnr/"),
+  "Held-out usage": (
+    "eval/openmoji_heldout/usage/",
+    "eval/folder_heldout/usage/",
   ),
 }
 
