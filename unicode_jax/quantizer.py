@@ -71,9 +71,7 @@ class Quantized(NamedTuple):
   gain_fit: jax.Array
 
 
-def quantize(
-  z, table, gain, mask, *, kind: str, depth: int, precision: str = "exact"
-) -> Quantized:
+def quantize(z, table, gain, mask, *, kind: str, depth: int) -> Quantized:
   """Quantizes features with a table that all depths share.
 
   Args:
@@ -84,7 +82,6 @@ def quantize(
     mask: bool[K], True where a row may be chosen; None permits all.
     kind: one of `KINDS`.
     depth: D; 1 for "vq" and 5 for "hq".
-    precision: of the search, see `nearest_code`.
 
   Returns:
     A `Quantized`.
@@ -108,7 +105,7 @@ def quantize(
   codes, partial, counts, fits = [], [], [], []
   for d in range(depth):
     residual = _region(target - lax.stop_gradient(total), d, kind)
-    code, fit, scale = _choose(residual, table, gain[d], mask, precision)
+    code, fit, scale = _choose(residual, table, gain[d], mask)
     total = total + _spread(scale * table[code], d, kind, z.shape)
     codes.append(code)
     fits.append(fit)
@@ -229,7 +226,7 @@ def code_agreement(
   return jnp.mean(ours == theirs)
 
 
-def _choose(residual, table, gain, mask, precision):
+def _choose(residual, table, gain, mask):
   """Chooses codes for one depth.
 
   Args:
@@ -237,7 +234,6 @@ def _choose(residual, table, gain, mask, precision):
     table: float32[K, C].
     gain: float32[]; 0 if it is not fitted.
     mask: bool[K] or None.
-    precision: of the search.
 
   Returns:
     codes int32[B, h', w']; the least-squares gain float32[] of these codes; and
@@ -250,7 +246,7 @@ def _choose(residual, table, gain, mask, precision):
   matched = jnp.sqrt(jnp.mean(residual**2) / (jnp.mean(rows**2) / share))
   scale = jnp.where(gain > 0, gain, jnp.maximum(matched, _MIN_GAIN))
   flat = (residual / scale).reshape(-1, table.shape[1])
-  found = kernel.nearest_code(flat, table, mask, precision=precision)
+  found = kernel.nearest_code(flat, table, mask)
   codes = found.indices.reshape(residual.shape[:-1])
   chosen = table[codes]
   fit = jnp.sum(residual * chosen) / jnp.sum(chosen**2)
