@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from unicode_jax.models import tokenizer
 from unicode_jax.training import adversarial
 
 
@@ -52,19 +53,17 @@ def test_the_term_is_balanced_at_the_last_layer(critic):
   params = critic.init(jax.random.key(0))
   _, image = pictures(jax.random.key(1))
   kernel = jnp.ones((1, 1, 3, 3))
-  grads = {"decoder": {"head": {"kernel": 7.0 * kernel}}}
+  grads = {"decoder": {"head": {"proj": {"kernel": 7.0 * kernel}}}}
 
   def pullback(cotangent):
     direction = kernel.at[0, 0, 0, 0].set(jnp.sum(jnp.abs(cotangent)))
-    return {"decoder": {"head": {"kernel": direction}}}
+    return {"decoder": {"head": {"proj": {"kernel": direction}}}}
 
   def added(step):
     total, metrics = critic.add_to_gradient(
       params, grads, pullback, image, jnp.int32(step)
     )
-    difference = (
-      total["decoder"]["head"]["kernel"] - grads["decoder"]["head"]["kernel"]
-    )
+    difference = tokenizer.last_layer(total["decoder"]) - 7.0 * kernel
     return np.linalg.norm(difference), float(metrics["adversarial_weight"])
 
   assert added(9) == (0.0, 0.0)
