@@ -10,9 +10,9 @@ Presets, as in --config=configs/pretrain.py:debug
   smollm2  32 px, RQ 4x4x4, SmolLM2-135M          2 CPU cores  not measured
   paper    256 px, HQ 8x8 + 16x16, LLaMA-7B       TPU v5e-64   not measured
 
-Expected of the first: PSNR 20.1 dB on held-out OpenMoji and 28.6 dB on the
-easy-VQA test images, 86 % of the codes in use at depth 1 over the training set,
-held-out text perplexity 213 (docs/stage1.md). Of the others: not measured.
+Expected: PSNR 20.1 dB on held-out OpenMoji and 28.6 dB on the easy-VQA test
+images, 86 % of the codes in use at depth 1 over the training set, held-out text
+perplexity 213 (docs/stage1.md) with the defaults. Other presets: not measured.
 Reported in the paper for its full training: VQAv2 53.1, ImageNet FID 6.72.
 """
 

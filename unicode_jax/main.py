@@ -85,7 +85,7 @@ def run() -> None:
   """Runs the command.
 
   An error of the config is one line and exit status 2; a run that should not go
-  on (collapse, divergence) is one line and exit status 3.
+  on (collapse, divergence) is one line and exit status 3; Ctrl-C is 130.
   """
   try:
     argv, overrides = config_lib.split_overrides(sys.argv)
@@ -93,6 +93,12 @@ def run() -> None:
   except config_lib.ConfigError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print(
+      "interrupted: the same command goes on from the newest checkpoint",
+      file=sys.stderr,
+    )
+    sys.exit(130)
   except config_lib.RunError as error:
     print(f"stopped: {error}", file=sys.stderr)
     sys.exit(3)

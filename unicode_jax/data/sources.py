@@ -518,8 +518,7 @@ def _require(module: str) -> types.ModuleType:
   except ModuleNotFoundError as error:
     raise config_lib.ConfigError(
       f"the embedded data needs the package {error.name!r}, which is not "
-      'installed; run: pip install -e ".[demo]"',
-      name=error.name,
+      'installed; run: pip install -e ".[demo]"'
     ) from error
 
 
