@@ -22,15 +22,13 @@ import numpy as np
 
 from unicode_jax import (
   codebook as codebook_lib,
-  config as config_lib,
   data as data_lib,
   quantizer as quantizer_lib,
-  sharding,
 )
 from unicode_jax.data import pipeline
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
 from unicode_jax.nn import rope
-from unicode_jax.stages import run_folder, tokenizer as tokenizer_stage
+from unicode_jax.stages import tokenizer as tokenizer_stage
 from unicode_jax.training import loop, steps
 
 CURVES = tokenizer_stage.CURVES | {
@@ -232,10 +230,7 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="pretrain"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  workdir = pathlib.Path(workdir)
-  config_lib.check_devices(config, jax.device_count())
-  mesh = sharding.make_mesh(**config.mesh)
-  run_folder.check(workdir, config)
+  mesh = tokenizer_stage.prepare(config, workdir)
   data = tokenizer_stage.load_data(config, with_text=True)
   text = config.text
   valid = data.text_tokenizer.visual_code_mask(

@@ -354,6 +354,24 @@ def loop_config(config) -> loop.LoopConfig:
   )
 
 
+def prepare(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
+  """Checks devices and run folder, before anything expensive.
+
+  Args:
+    config: Validated ConfigDict.
+    workdir: Run folder.
+
+  Returns:
+    The mesh over all devices.
+
+  Raises:
+    ConfigError: If the devices or the folder do not fit the config.
+  """
+  config_lib.check_devices(config, jax.device_count())
+  run_folder.check(workdir, config)
+  return sharding.make_mesh(**config.mesh)
+
+
 def train_and_report(
   stage: loop.Stage, config, workdir: pathlib.Path, mesh, curves
 ) -> None:
@@ -398,10 +416,7 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="tokenizer"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  workdir = pathlib.Path(workdir)
-  config_lib.check_devices(config, jax.device_count())
-  mesh = sharding.make_mesh(**config.mesh)
-  run_folder.check(workdir, config)
+  mesh = prepare(config, workdir)
   data = load_data(config, with_text=False)
   valid = np.ones(config.text.vocab_size, bool)
   stage = TokenizerStage(config, data, build_model(config), valid)
