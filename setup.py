@@ -69,6 +69,8 @@ EXTRAS = {
     "faiss-cpu>=1.15,<2",
     "vector-quantize-pytorch>=1.32,<2",
     "scikit-learn>=1.9,<2",
+    # Data sets of its own format, written and read without TensorFlow.
+    "tensorflow-datasets>=4.9.10,<5",
   ],
 }
 

@@ -22,7 +22,7 @@ import numpy as np
 
 import unicode_jax
 from unicode_jax import config as config_lib
-from unicode_jax.stages import tokenizer as tokenizer_stage
+from unicode_jax.stages import runner
 from unicode_jax.training import metrics as metrics_lib
 
 PARADIGMS = ("frozen", "dual", "language_driven", "projected")
@@ -45,7 +45,7 @@ def blown_up_averages(images: np.ndarray, window: int) -> np.ndarray:
 
 def baselines(config) -> dict[str, dict[str, float]]:
   """Measures what needs no model, per held-out set."""
-  data = tokenizer_stage.load_data(config, with_text=False)
+  data = runner.load_data(config, with_text=False)
   train = np.concatenate([source.images() for source in data.image_sources])
   mean = train.mean(axis=0, dtype=np.float64)
   result = {}

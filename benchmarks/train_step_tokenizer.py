@@ -195,7 +195,7 @@ def make_stage(overrides):
   import jax
   import jax.numpy as jnp
 
-  from unicode_jax import config as config_lib
+  from unicode_jax import config as config_lib, loading
   from unicode_jax.models import llama as llama_lib
   from unicode_jax.stages import tokenizer as tokenizer_stage
 
@@ -211,7 +211,7 @@ def make_stage(overrides):
     tie_embeddings=True,
   )
   valid = np.arange(config.text.vocab_size) >= config_lib.RESERVED_TOKENS
-  model = tokenizer_stage.build_model(config, llama)
+  model = dataclasses.replace(loading.build_model(config), llama=llama)
   stage = tokenizer_stage.TokenizerStage(config, None, model, valid)
   state = jax.jit(stage.init)(jax.random.key(0))
   drawn = jax.tree.map(jnp.array, random_parameters(model.tokenizer))

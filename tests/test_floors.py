@@ -16,8 +16,10 @@ FLOORS = (
   ("codebook", "quantizer"),
   ("models",),
   ("data", "training", "sampling"),
+  ("loading",),
+  ("inference",),
   ("stages", "convert", "evaluation"),
-  ("main", "evaluate", "generate", "chat", "export", "compile"),
+  ("main", "evaluate", "generate", "chat", "tokenize", "export", "compile"),
 )
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 FILES = {

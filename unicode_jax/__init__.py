@@ -13,8 +13,10 @@ Every module imports only from lower floors:
   2  codebook, quantizer
   3  models
   4  data, training, sampling
-  5  stages, convert, evaluation
-  6  main and the other commands
+  5  loading
+  6  inference
+  7  stages, convert, evaluation
+  8  main and the other commands
 
 Local arrays carry their shape in their name (`x_BTE`):
 
@@ -28,3 +30,12 @@ Local arrays carry their shape in their name (`x_BTE`):
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name):
+  """Gives `unicode_jax.load` without importing JAX before it is asked for."""
+  if name == "load":
+    from unicode_jax.inference import load  # pylint: disable=g-import-not-at-top
+
+    return load
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -319,6 +319,41 @@ def snap(params, state, embedding, valid, config: CodebookConfig):
   return params | {"table": view} if "table" in params else params
 
 
+def frozen_config(config: CodebookConfig) -> CodebookConfig:
+  """Returns the rules of what `freeze` returns."""
+  return dataclasses.replace(
+    config, paradigm="frozen", update_rule="gradient", restart_dead_after=0
+  )
+
+
+def freeze(params, state, embedding, valid, config: CodebookConfig):
+  """Fixes the table as it is, for stage II: the LLM moves, ids stay.
+
+  Args:
+    params: of `init_codebook`.
+    state: of `init_codebook`.
+    embedding: float[K, E].
+    valid: bool[K].
+    config: the rules.
+
+  Returns:
+    `params` and `state` of the paradigm "frozen" with the present table; a
+    fixed centre is kept.
+
+  Raises:
+    ValueError: if the codebook is private.
+  """
+  _check_paradigm(config, "a frozen view", *set(PARADIGMS) - {"private"})
+  frozen = {
+    "gain": state["gain"],
+    "projection": _projection(params, state),
+    "table": _raw_table(params, state, embedding, valid, config),
+  }
+  if "centre" in state:
+    frozen["centre"] = state["centre"]
+  return {}, frozen
+
+
 def drift(params, state, embedding, valid, config: CodebookConfig):
   """Measures how far the codebook is from the language (H3).
 

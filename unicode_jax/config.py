@@ -21,9 +21,11 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-STAGES = ("pretrain", "tokenizer")
+STAGES = ("pretrain", "tokenizer", "instruct")
 PARADIGMS = ("frozen", "dual", "language_driven", "projected", "private")
 QUANTIZERS = ("rq", "vq", "hq")
+TEMPLATES = ("plain", "vicuna", "chatml")
+VISIONS = ("unified", "separate", "projector")
 EMBEDDED_SOURCES = ("openmoji", "easy_vqa")
 
 # Ids that can never be visual codes: 256 byte tokens and the control tokens of
@@ -52,8 +54,16 @@ def default_config() -> ConfigDict:
   """
   config = ConfigDict()
   # What to train: "pretrain" is stage I (tokenizer and LLM in turns, UniCode
-  # section 3), "tokenizer" a visual tokenizer alone, with a private codebook.
+  # section 3), "instruct" stage II (the LLM alone, on images and text),
+  # "tokenizer" a visual tokenizer alone, with a private codebook.
   config.stage = "pretrain"
+  # Run folder to start from, which the model and what is held out are taken
+  # from (INHERITED): for "instruct" stage I's, or an earlier one of its own;
+  # for "pretrain", if set, a tokenizer's, whose encoder and decoder go on.
+  config.init_from = placeholder(str)
+  # Suites to evaluate when the training is done, separated by commas, or "all";
+  # None evaluates nothing beyond the held-out losses.
+  config.evaluate = placeholder(str)
   # Name of the preset that these values came from; "" is the default one.
   config.preset = ""
   # Seed of initialisation, data order and dropout.
@@ -74,12 +84,24 @@ def default_config() -> ConfigDict:
   config.platform = placeholder(str)
 
   config.data = data = ConfigDict()
-  # "embedded": pictures that installed packages carry; "folder": your own.
+  # "embedded": pictures that installed packages carry; your own: "folder"
+  # (images, captions), "llava" (conversations), "tfds" (docs/own_data.md).
   data.source = "embedded"
-  # Folder of images of any size and mode, searched recursively.
+  # Folder of images of any size and mode, searched recursively; for TFDS the
+  # folder of prepared data sets.
   data.path = placeholder(str)
   # JSONL with one {"image": path inside the folder, "text": caption} a line.
   data.captions = placeholder(str)
+  # LLaVA-format JSON whose images lie in the folder.
+  data.conversations = placeholder(str)
+  # Name of a TensorFlow data set.
+  data.tfds = placeholder(str)
+  # Share of the images that may be broken or missing (10 always may): they are
+  # named and left out. More stop the run before it begins.
+  data.max_broken = 0.1
+  # Stage II: folder of codes that `python -m unicode_jax.tokenize` wrote;
+  # "auto" makes one in the run folder; None encodes the images at every step.
+  data.codes = placeholder(str)
   # Where decoded images are kept; None is the user's cache folder.
   data.cache_dir = placeholder(str)
   # Images per tokenizer step.
@@ -218,10 +240,39 @@ def default_config() -> ConfigDict:
   # Steps of the decoder alone after the last hard sync.
   schedule.finetune_steps = 100
 
+  config.instruct = instruct = ConfigDict()
+  # Layout of conversations: "plain", "vicuna" (v1), "chatml".
+  instruct.template = "plain"
+  # "unified" is UniCode. Baselines: "separate" (codes get rows of their own),
+  # "projector" (features through an MLP, as LLaVA; cannot draw).
+  instruct.vision = "unified"
+  # Segments into which decompression cuts an image, one turn each.
+  instruct.segments = 4
+  # Questions about one image in a conversation, at most.
+  instruct.questions_per_image = 3
+  # Share of the images to draw whose condition is dropped, which classifier-free
+  # guidance needs.
+  instruct.condition_dropout = 0.1
+  # Weight of a code of a drawn image in the loss, beside 1 for a word.
+  instruct.image_loss_weight = 0.25
+  # Packed sequences per step; text.sequence_length positions each.
+  instruct.global_batch_size = 16
+  # Share of the sequences of each task (need not sum to 1). A task of which the
+  # data has no example is left out, and said so.
+  instruct.tasks = tasks = ConfigDict()
+  tasks.decompression = 0.1
+  tasks.caption = 0.1
+  tasks.vqa = 0.4
+  tasks.text_to_image = 0.2
+  tasks.class_conditional = 0.05
+  tasks.unconditional = 0.05
+  tasks.text = 0.1
+
   config.optimizer = optimizer = ConfigDict()
   for name, learning_rate, clip_norm in (
     ("tokenizer", 2e-3, 1.0),
     ("llm", 1e-3, 1.0),
+    ("instruct", 1e-3, 1.0),
     ("discriminator", 1e-4, 1.0),
   ):
     optimizer[name] = adamw = ConfigDict()
@@ -254,12 +305,14 @@ def default_config() -> ConfigDict:
 _CHOICES = {
   "stage": STAGES,
   "platform": (None, "cpu", "gpu", "tpu"),
-  "data.source": ("embedded", "folder"),
+  "data.source": ("embedded", "folder", "llava", "tfds"),
   "tokenizer.quantizer": QUANTIZERS,
   "tokenizer.dtype": ("float32", "bfloat16"),
   "codebook.paradigm": PARADIGMS,
   "codebook.projection": ("pca", "random", "identity"),
   "codebook.update_rule": ("gradient", "ema"),
+  "instruct.template": TEMPLATES,
+  "instruct.vision": VISIONS,
   "llm.remat_policy": ("none", "dots", "dots_no_batch", "full"),
   "llm.dtype": ("float32", "bfloat16"),
 }
@@ -285,7 +338,9 @@ _RANGES = (
     0,
     1,
     (
+      "data.max_broken",
       "tokenizer.depth_dropout",
+      "instruct.condition_dropout",
       "codebook.*_decay",
       "optimizer.*.final_fraction",
       "alarm.usage_floor",
@@ -408,7 +463,7 @@ _IMPOSSIBLE = (
   ),
   (
     lambda c: (
-      c.stage != "tokenizer"
+      c.stage == "pretrain"
       and c.num_steps < c.schedule.tokenizer_steps + c.schedule.llm_steps
     ),
     "num_steps={c.num_steps} ends within the first cycle of "
@@ -452,16 +507,62 @@ _IMPOSSIBLE = (
     "mesh.data=0: set the number of devices along it, or -1 for all that "
     "mesh.fsdp leaves over",
   ),
-  (
-    lambda c: c.data.source == "folder" and c.data.path is None,
-    "data.source='folder' needs the folder: set data.path=DIR",
+  *(
+    (
+      lambda c, source=source, key=key: (
+        c.data.source == source and c.data[key] is None
+      ),
+      f"data.source={source!r} needs {what}: set data.{key}=...",
+    )
+    for source, key, what in (
+      ("folder", "path", "the folder of images"),
+      ("llava", "path", "the folder of images"),
+      ("llava", "conversations", "the JSON file of conversations"),
+      ("tfds", "tfds", "the name of a data set"),
+    )
+  ),
+  *(
+    (
+      lambda c, key=key, sources=sources: (
+        c.data[key] is not None and c.data.source not in sources
+      ),
+      f"data.{key} is set, but data.source={{c.data.source!r}} does not read "
+      f"it: set data.source={' or '.join(map(repr, sources))}",
+    )
+    for key, sources in (
+      ("path", ("folder", "llava", "tfds")),
+      ("captions", ("folder", "llava")),
+      ("conversations", ("llava",)),
+      ("tfds", ("tfds",)),
+    )
   ),
   (
-    lambda c: (
-      c.data.source != "folder" and (c.data.path or c.data.captions) is not None
-    ),
-    "data.path={c.data.path!r}, data.captions={c.data.captions!r} are not read "
-    "with data.source={c.data.source!r}: set data.source='folder'",
+    lambda c: c.stage == "instruct" and c.init_from is None,
+    "stage 'instruct' starts from a run of stage I: train one with "
+    "--config=configs/pretrain.py --workdir=RUN and set init_from=RUN",
+  ),
+  (
+    lambda c: c.stage not in INHERITED and c.init_from is not None,
+    "init_from={c.init_from!r} is not read by stage {c.stage!r}: leave it unset",
+  ),
+  (
+    lambda c: c.stage != "instruct" and c.data.codes is not None,
+    "data.codes={c.data.codes!r} is not read by stage {c.stage!r}, which trains "
+    "the tokenizer: leave it unset",
+  ),
+  (
+    lambda c: c.instruct.vision == "projector" and c.data.codes is not None,
+    "data.codes={c.data.codes!r} with instruct.vision='projector', which reads "
+    "features, not codes: leave data.codes unset",
+  ),
+  (
+    lambda c: c.stage == "instruct" and not any(c.instruct.tasks.values()),
+    "instruct.tasks are all 0: give one of them a share",
+  ),
+  (
+    lambda c: c.stage == "instruct" and c.instruct.segments > positions(c),
+    "instruct.segments={c.instruct.segments} cuts an image of {positions} "
+    "positions: set it to at most {positions}",
   ),
   (
     lambda c: not c.data.embedded or set(c.data.embedded) - {*EMBEDDED_SOURCES},
@@ -491,6 +592,8 @@ _WANTED = {
 _PATHS = (
   ("data.path", os.path.isdir, "a folder"),
   ("data.captions", os.path.isfile, "a file"),
+  ("data.conversations", os.path.isfile, "a file"),
+  ("data.codes", lambda p: p == "auto" or os.path.isdir(p), "a folder"),
   ("text.tokenizer_path", os.path.exists, "a file or folder"),
   ("tokenizer.loss.perceptual_weights", os.path.exists, "a file or folder"),
 )
@@ -500,6 +603,12 @@ def downsampling(config: ConfigDict) -> int:
   """Returns the pixels per side of one position of the tokenizer's grid."""
   tokenizer = config.tokenizer
   return tokenizer.stem_patch * 2 ** (len(tokenizer.channel_multipliers) - 1)
+
+
+def positions(config: ConfigDict) -> int:
+  """Returns the positions that an image takes where the LLM reads it."""
+  grid = config.image_size // downsampling(config)
+  return (grid // (2 if config.tokenizer.quantizer == "hq" else 1)) ** 2
 
 
 def codes(config: ConfigDict) -> int:
@@ -546,6 +655,7 @@ def validate(config: ConfigDict) -> ConfigDict:
           downsampling=scale,
           twice=2 * scale,
           grid=config.image_size // scale,
+          positions=positions(config),
           codes=codes(config),
           reserved=RESERVED_TOKENS,
           smallest_vocab=1
@@ -560,6 +670,96 @@ def validate(config: ConfigDict) -> ConfigDict:
         f"{key}={values[key]!r} is not {what}: correct the path"
       )
   return config
+
+
+# What a stage takes from the run that it starts from: the model, and what is
+# held out.
+INHERITED = {
+  "pretrain": (
+    "image_size",
+    "data.heldout_fraction",
+    "tokenizer",
+    "codebook.code_dim",
+    "codebook.l2_normalize",
+  ),
+  "instruct": (
+    "image_size",
+    "data.heldout_fraction",
+    "text.tokenizer_path",
+    "text.vocab_size",
+    "text.heldout_fraction",
+    "text.image_start",
+    "text.image_end",
+    "tokenizer",
+    "codebook",
+    "llm",
+  ),
+}
+# Stages that a stage can start from, and how such a run is made.
+_STARTS = {
+  "pretrain": (("tokenizer",), "--config=configs/tokenizer.py"),
+  "instruct": (("pretrain", "instruct"), "--config=configs/pretrain.py"),
+}
+# Of these, what changes speed and memory alone and may differ.
+_RUNTIME = (
+  "tokenizer.dtype",
+  "llm.attention_block",
+  "llm.remat_policy",
+  "llm.dtype",
+)
+
+
+def inherit(
+  config: ConfigDict,
+  chosen: Sequence[str] = (),
+  start: ConfigDict | None = None,
+) -> ConfigDict:
+  """Gives a config the model of the run that it starts from.
+
+  Args:
+    config: Any config; only one with `init_from` changes.
+    chosen: Dotted keys that the user set.
+    start: Config of that run; None reads it from `config.init_from`.
+
+  Returns:
+    A new, locked config.
+
+  Raises:
+    ConfigError: If there is nothing fit to start from, or the user set a key
+      that comes from there to another value.
+  """
+  if config.init_from is None or config.stage not in INHERITED:
+    return config
+  where = f"init_from={config.init_from!r}"
+  if start is None:
+    path = os.path.join(config.init_from, "config.json")
+    if not os.path.isfile(path):
+      raise ConfigError(
+        f"{where} holds no run (no config.json in it): train "
+        f"{_STARTS[config.stage][1]} with --workdir=RUN and set init_from=RUN"
+      )
+    start = from_json(path)
+  stages, remedy = _STARTS[config.stage]
+  if start.stage not in stages:
+    raise ConfigError(
+      f"{where} is a run of stage {start.stage!r}, from which stage "
+      f"{config.stage!r} cannot start: name a run of {remedy}"
+    )
+  wanted, inherited = flatten(config), {}
+  for key, value in flatten(start).items():
+    if not any(
+      key == k or key.startswith(k + ".") for k in INHERITED[config.stage]
+    ):
+      continue
+    if key not in chosen:
+      inherited[key] = value
+    elif key not in _RUNTIME and wanted[key] != value:
+      raise ConfigError(
+        f"{key}={wanted[key]!r}, but the run goes on with the model of "
+        f"{where}, where it is {value!r}: leave it unset, or train that model "
+        "with it"
+      )
+  return apply_overrides(config, inherited)
 
 
 def check_devices(config: ConfigDict, num_devices: int) -> None:
@@ -578,7 +778,7 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
       f"mesh.data={data} x mesh.fsdp={fsdp} does not cover the {num_devices} "
       "devices: set mesh.data=-1 and a mesh.fsdp that divides their number"
     )
-  for name in ("data", "text"):
+  for name in ("instruct",) if config.stage == "instruct" else ("data", "text"):
     batch = config[name].global_batch_size
     if batch % num_devices:
       raise ConfigError(
@@ -722,6 +922,73 @@ def load(spec: str) -> ConfigDict:
       "that returns a ConfigDict, as configs/pretrain.py does"
     )
   return get_config(preset)
+
+
+def load_links(spec: str) -> dict[str, ConfigDict]:
+  """Loads what --config names: one config, or a chain of them.
+
+  Args:
+    spec: As of `load`; the file may define `get_chain(preset)` instead of
+      `get_config`, which returns configs by link, each to start from the one
+      before.
+
+  Returns:
+    Locked configs by link, in order; one under "" where there is no chain.
+
+  Raises:
+    ConfigError: As `load`.
+  """
+  path, _, preset = spec.partition(":") if ".py:" in spec else (spec, "", "")
+  if os.path.isfile(path) and path.endswith(".py"):
+    get_chain = runpy.run_path(path).get("get_chain")
+    if get_chain is not None:
+      return dict(get_chain(preset))
+  return {"": load(spec)}
+
+
+def resolve_links(
+  links: Mapping[str, ConfigDict],
+  overrides: Mapping[str, str],
+  workdir: str,
+) -> dict[str, ConfigDict]:
+  """Applies overrides to a chain, hands models on, and checks every link.
+
+  Args:
+    links: Of `load_links`.
+    overrides: Text by dotted key; "LINK.KEY" is for one link, any other key for
+      all.
+    workdir: Run folder; that of a link lies inside.
+
+  Returns:
+    Resolved, validated configs by link.
+
+  Raises:
+    ConfigError: If one of them cannot run; names the link.
+  """
+  resolved: dict[str, ConfigDict] = {}
+  before = None
+  for name, config in links.items():
+    chosen = {}
+    for key, value in overrides.items():
+      link, _, rest = key.partition(".")
+      if link not in links:
+        chosen.setdefault(key, value)
+      elif link == name:
+        chosen[rest] = value
+    try:
+      config = apply_overrides(config, chosen)
+      if before is not None:
+        config = apply_overrides(
+          config, {"init_from": os.path.join(workdir, before)}
+        )
+      config = inherit(config, tuple(chosen), resolved.get(before))
+      resolved[name] = validate(config)
+    except ConfigError as error:
+      if not name:
+        raise
+      raise ConfigError(f"{name}: {error}") from None
+    before = name
+  return resolved
 
 
 def from_presets(

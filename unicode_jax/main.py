@@ -23,6 +23,7 @@ import sys
 from absl import app, flags, logging
 
 from unicode_jax import config as config_lib
+from unicode_jax.stages import run_folder
 
 _CONFIG = flags.DEFINE_string(
   "config",
@@ -51,20 +52,37 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   """
   if len(argv) > 1:
     raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
-  config = config_lib.apply_overrides(config_lib.load(_CONFIG.value), overrides)
-  config_lib.validate(config)
+  links = config_lib.load_links(_CONFIG.value)
+  config = next(iter(links.values()))
+  name = "quickstart" if len(links) > 1 else config.stage
   workdir = pathlib.Path(
-    _WORKDIR.value or f"runs/{config.stage}-{config.preset or 'default'}"
+    _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"
   )
+  links = config_lib.resolve_links(links, overrides, str(workdir))
+  config = next(iter(links.values()))
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
     os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.
   _check_platform(config.platform)
-  stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
-  stage.run(config, workdir)
+  for name, config in links.items():
+    _run_link(name, config, workdir / name)
   return 0
+
+
+def _run_link(name: str, config, workdir: pathlib.Path) -> None:
+  """Trains one stage and evaluates what it asks for."""
+  if name:
+    print(f"{name}: {config.stage} in {workdir}", flush=True)
+  if name and run_folder.is_finished(workdir, config):
+    print(f"{name}: trained already", flush=True)
+  else:
+    stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
+    stage.run(config, workdir)
+  if config.evaluate is not None:
+    suites = importlib.import_module("unicode_jax.evaluation.suites")
+    suites.evaluate(workdir, config.evaluate)
 
 
 def _check_platform(platform: str | None) -> None:

@@ -57,8 +57,8 @@ def test_sections_fit_what_is_built_from_them():
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_downsampling_is_the_models(preset):
-  from unicode_jax.stages import tokenizer as stage
+  from unicode_jax import loading
 
   config = load(CONFIGS / "tokenizer.py", preset)
-  tokenizer = stage.build_model(config).tokenizer
+  tokenizer = loading.build_model(config).tokenizer
   assert config_lib.downsampling(config) == tokenizer.downsampling

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import pretrain as pretrain_config
-from unicode_jax.stages import pretrain
+from unicode_jax import loading
 
 
 def count(tree) -> int:
@@ -16,7 +16,7 @@ def count(tree) -> int:
 
 def abstract_variables(preset):
   config = pretrain_config.get_config(preset)
-  model = pretrain.build_model(config)
+  model = loading.build_model(config)
   valid = jnp.ones(config.text.vocab_size, bool)
   return jax.eval_shape(model.init, jax.random.key(0), valid)
 

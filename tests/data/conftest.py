@@ -52,6 +52,8 @@ def make_source(tmp_path):
     path = tmp_path / f"{name}.npy"
     np.save(path, images)
     items = tuple({"name": str(i), "row": i} for i in range(count))
-    return sources.ImageSource(name, path, items, ((),) * count)
+    return sources.ImageSource(
+      name, path, items, (sources.Annotation(),) * count
+    )
 
   return make

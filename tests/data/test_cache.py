@@ -85,6 +85,39 @@ def test_too_many_broken_images_name_the_first(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
+def test_a_lower_limit_counts_for_what_is_cached(tmp_path):
+  def fragile(content):
+    if content["stamp"] < 2:
+      raise OSError("image file is truncated")
+    return decode(content)
+
+  def call(max_broken):
+    return cache.cached_images(
+      "s", CONTENTS, fragile, 2, cache_dir=tmp_path, max_broken=max_broken
+    )
+
+  assert len(call(2).items) == 3
+  with pytest.raises(ValueError, match=r"2 of .*raise config.data.max_broken"):
+    call(1)
+
+
+def test_fields_from_the_decoder_become_part_of_the_item(tmp_path):
+  def with_caption(content):
+    return decode(content), {"said": f"number {content['stamp']}"}
+
+  for _ in range(2):  # Decoded, then from the cache.
+    cached = cache.cached_images(
+      "s", CONTENTS, with_caption, 2, cache_dir=tmp_path
+    )
+    assert [item["said"] for item in cached.items] == [
+      f"number {i}" for i in range(5)
+    ]
+  plain = cache.cached_images("t", CONTENTS, decode, 2, cache_dir=tmp_path)
+  assert [i["digest"] for i in plain.items] == [
+    i["digest"] for i in cached.items
+  ]
+
+
 def test_an_interrupted_write_leaves_nothing(tmp_path):
   def interrupted(content):
     if content["stamp"] == 3:

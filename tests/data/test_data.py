@@ -38,6 +38,14 @@ def test_embedded(embedded):
   assert list(embedded.heldout_images) == ["openmoji_heldout", "easy_vqa_test"]
   assert embedded.heldout_images["easy_vqa_test"].shape == (1000, 16, 16, 3)
   assert embedded.text_tokenizer.vocab_size == 2048
+  for source in embedded.heldout_sources:
+    np.testing.assert_array_equal(
+      embedded.heldout_images[source.name], source.images()
+    )
+    assert len(source.annotations) == len(source)
+  assert [s.name for s in embedded.heldout_sources] == list(
+    embedded.heldout_images
+  )
   mask = embedded.text_tokenizer.visual_code_mask("<image>", "</image>")
   assert mask.sum() == 2048 - 256 - 5
 
@@ -88,8 +96,11 @@ def test_order_and_choice_of_sources(cache_dir):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"source": "web"}, "must be .embedded. or .folder."),
-    ({"source": "folder"}, "needs config.data.path"),
+    ({"source": "web"}, "must be .embedded., .folder., .llava. or .tfds."),
+    ({"source": "folder"}, "source=folder needs config.data.path"),
+    ({"source": "llava"}, "source=llava needs config.data.path"),
+    ({"source": "llava", "path": "x"}, "needs config.data.conversations"),
+    ({"source": "tfds"}, "source=tfds needs config.data.tfds"),
     ({"embedded": ("openmoji", "cifar")}, "cifar.*must name some of"),
     ({"embedded": ()}, "must name some of"),
     ({"weights": (1.0,)}, "one weight for each"),
@@ -146,6 +157,92 @@ def test_folder_without_chatterbot(folder, monkeypatch, caplog):
   with pytest.raises(ValueError, match="no text to train"):
     data.load_data(bare, data.TextConfig(), 8)
   assert data.load_data(bare, None, 8).text_tokenizer is None
+
+
+@pytest.fixture
+def llava(folder, tmp_path):
+  """Thirty images with a two-turn dialogue each, and thirty text records."""
+
+  def turns(*texts):
+    who = ("human", "gpt") * len(texts)
+    return [{"from": w, "value": text} for w, text in zip(who, texts)]
+
+  records = [
+    {
+      "image": f"{i}.png",
+      "conversations": turns(
+        f"<image>\nasked{i}", f"said{i}", "common", f"more{i}"
+      ),
+    }
+    for i in range(30)
+  ] + [
+    {"id": i, "conversations": turns(f"textual{i}", f"reply{i}")}
+    for i in range(30)
+  ]
+  file = tmp_path / "llava.json"
+  file.write_text(json.dumps(records))
+  return dataclasses.replace(
+    folder, source="llava", conversations=str(file), captions=None
+  )
+
+
+def test_llava(llava, monkeypatch):
+  monkeypatch.setattr(sources, "has_chatterbot", lambda: False)
+  seen = []
+  real = data.text_tokenizer_lib.train_text_tokenizer
+
+  def spy(texts, *args, **kwargs):
+    seen.extend(texts)
+    return real(texts, *args, **kwargs)
+
+  monkeypatch.setattr(data.text_tokenizer_lib, "train_text_tokenizer", spy)
+  loaded = data.load_data(llava, data.TextConfig(vocab_size=300), 8)
+  assert list(loaded.heldout_images) == ["llava_heldout"]
+  train, heldout = *loaded.image_sources, *loaded.heldout_sources
+  assert len(train) + len(heldout) == 30
+  # Text-only records, and nothing else, are text.
+  asked = [
+    {c.turns[0][0] for c in texts}
+    for texts in (loaded.train_texts, loaded.heldout_texts)
+  ]
+  assert asked[0] | asked[1] == {f"textual{i}" for i in range(30)}
+  assert not asked[0] & asked[1]
+  # The tokenizer learns from all of the training side and of nothing else.
+  learned = set(" ".join(seen).split())
+  for item in train.items:
+    number = item["name"][:-4]
+    assert {f"asked{number}", f"said{number}", f"more{number}"} <= learned
+  for item in heldout.items:
+    number = item["name"][:-4]
+    assert not {f"asked{number}", f"said{number}", f"more{number}"} & learned
+  assert asked[0] <= learned and not asked[1] & learned
+
+
+def test_llava_with_captions(llava, folder):
+  both = dataclasses.replace(llava, captions=folder.captions)
+  loaded = data.load_data(both, data.TextConfig(vocab_size=600), 8)
+  for source in (*loaded.image_sources, *loaded.heldout_sources):
+    for item, said in zip(source.items, source.annotations, strict=True):
+      number = item["name"][:-4]
+      assert said.captions == (f"a picture of number {number}",)
+      assert said.dialogues[0][0] == (f"asked{number}", f"said{number}")
+  # A folder holds out the same images, whatever is said of them.
+  plain = data.load_data(folder, None, 8)
+  assert plain.heldout_sources[0].items == loaded.heldout_sources[0].items
+
+
+def test_max_broken_reaches_every_source(llava, folder, tmp_path):
+  for i in range(12):
+    (tmp_path / "images" / f"{i}.png").write_text("no image")
+  for config_of in (llava, folder):
+    with pytest.raises(ValueError, match=r"12 of .*more than the 10"):
+      data.load_data(config_of, None, 8)
+    lenient = dataclasses.replace(
+      config_of, max_broken=0.4, heldout_fraction=0.5
+    )
+    loaded = data.load_data(lenient, None, 8)
+    kept = [s.items for s in loaded.image_sources + loaded.heldout_sources]
+    assert sum(map(len, kept)) == 18
 
 
 def test_given_tokenizer(folder, tmp_path, embedded):

@@ -40,7 +40,9 @@ def test_openmoji_is_split_by_name(openmoji):
   assert 3900 < total <= 3953
   assert 0.05 < len(heldout) / total < 0.15
   assert 0.08 < len(bases[1]) / len(bases[0] | bases[1]) < 0.12
-  assert ("rooster",) in train.captions + heldout.captions
+  assert sources.Annotation(captions=("rooster",)) in (
+    train.annotations + heldout.annotations
+  )
   tones = [i["name"] for i in heldout.items if "skin tone" in i["name"]]
   assert len(tones) > 20
 
@@ -100,6 +102,82 @@ def test_easy_vqa_questions(easy_vqa):
   assert ("what is the blue shape?", "rectangle", "0") in (
     sources.easy_vqa_questions("train")
   )
+
+
+OPEN = (None, None)
+
+
+@pytest.mark.parametrize(
+  ("asked", "shape", "colour"),
+  [
+    ([("what is the blue shape?", "rectangle")], "rectangle", "blue"),
+    ([("what color is the circle?", "red")], "circle", "red"),
+    ([("what is the color of the shape?", "teal")], None, "teal"),
+    ([("what shape is present?", "triangle")], "triangle", None),
+    ([("is there a circle?", "yes")], "circle", None),
+    ([("is there a circle?", "no")], None, None),
+    ([("is no gray shape present?", "no")], None, "gray"),
+    ([("is no gray shape present?", "yes")], None, None),
+    ([("does the image not contain a circle?", "no")], "circle", None),
+    ([("is there not a red shape in the image?", "yes")], None, None),
+    # No answer says that a picture shows anything at all, or one thing only.
+    ([("is a circle present?", "no"), ("is there a triangle?", "no")], *OPEN),
+    ([("is a circle present?", "yes"), ("is there a triangle?", "yes")], *OPEN),
+    ([], None, None),
+  ],
+)
+def test_shape_and_colour(asked, shape, colour):
+  assert sources.shape_and_colour(asked) == (shape, colour)
+
+
+def drawn(path):
+  """Says what an easy-VQA picture shows, from its pixels alone."""
+  colours = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 128, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+  }
+  with Image.open(path) as image:
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+  ground = np.median(pixels[[0, 0, -1, -1], [0, -1, 0, -1]], axis=0)
+  figure = np.abs(pixels - ground).sum(-1) > 60
+  shown = np.median(pixels[figure], axis=0)
+  colour = min(colours, key=lambda k: np.abs(shown - colours[k]).sum())
+  rows, columns = np.nonzero(figure)
+  # A triangle fills half of its box, a circle pi / 4 of it.
+  filled = figure.sum() / ((np.ptp(rows) + 1) * (np.ptp(columns) + 1))
+  shape = ("triangle", "circle", "rectangle")[np.digitize(filled, [0.69, 0.92])]
+  return f"{colour} {shape}"
+
+
+def test_easy_vqa_captions_say_what_is_drawn(easy_vqa):
+  import easy_vqa as package
+
+  for split, source, paths, total in (
+    ("train", easy_vqa[0], package.get_train_image_paths(), 38575),
+    ("test", easy_vqa[1], package.get_test_image_paths(), 9673),
+  ):
+    said = dict(zip((i["name"] for i in source.items), source.annotations))
+    labelled = {name: a.label for name, a in said.items() if a.label}
+    assert 0.87 < len(labelled) / len(source) < 0.91
+    right = [drawn(paths[int(n)]) == label for n, label in labelled.items()]
+    assert np.mean(right) > 0.99
+    for annotation in said.values():
+      label = annotation.label
+      assert annotation.captions == ((f"a {label}",) if label else ())
+    # Every published question, and in the published order.
+    dialogues = [(n, *d) for n, a in said.items() for d in a.dialogues]
+    assert len(dialogues) == total
+    published = sources.easy_vqa_questions(split)
+    assert [d for n, d in dialogues if n == "7"] == [
+      (question, answer) for question, answer, name in published if name == "7"
+    ]
+    assert set(dialogues) == {(name, (q, a)) for q, a, name in published}
 
 
 def test_chatterbot_is_split_by_question():
@@ -332,6 +410,8 @@ def test_folder_with_too_many_broken_images(folder):
     (folder / f"broken{i}.png").write_text("")
   with pytest.raises(ValueError, match=r"(?s)11 of .*more than the 10.*broken"):
     load(folder)
+  train, heldout = load(folder, max_broken=0.3)  # 15 of 51.
+  assert len(train) + len(heldout) == 40
 
 
 def test_folder_errors(tmp_path, folder):
@@ -358,11 +438,13 @@ def test_captions(folder, caplog):
     train, heldout = load(folder, captions=file)
   assert "1 captions name images" in caplog.text and "gone.png" in caplog.text
   for source in (train, heldout):
-    for item, texts in zip(source.items, source.captions, strict=True):
+    for item, said in zip(source.items, source.annotations, strict=True):
       number = item["name"][:-4]
       expected = () if "/" in item["name"] else (f"number {number}",)
-      assert texts[:1] == expected
-  assert ("number 0", "zéro") in train.captions + heldout.captions
+      assert said.captions[:1] == expected
+  assert sources.Annotation(captions=("number 0", "zéro")) in (
+    train.annotations + heldout.annotations
+  )
   said = [c.turns[0][1] for c in sources.caption_conversations(train)]
   kept = [c.turns[0][1] for c in sources.caption_conversations(heldout)]
   assert not set(said) & set(kept) and len(said) + len(kept) == 21
@@ -375,6 +457,7 @@ def test_captions(folder, caplog):
     ('{"image": "0.png"}', "line 1: want"),
     ('{"image": "0.png", "text": 3}', "line 1: want"),
     ("[1]", "line 1: want"),
+    ('{"image": "0.png", "text": "\\ud800"}', "line 1: want"),
     ('{"image": "/abs/0.png", "text": "x"}', "must be relative"),
     ("", "must be relative"),
   ],
@@ -386,13 +469,32 @@ def test_bad_captions(folder, text, message):
     load(folder, captions=file)
 
 
+def test_a_caption_may_hold_any_character(folder):
+  """A line of JSON may hold what str.splitlines takes for a line's end."""
+  said = "one\u2028two\x85three"
+  file = folder / "captions.jsonl"
+  line = json.dumps({"image": "0.png", "text": said}, ensure_ascii=False)
+  file.write_text(line + "\r\n", encoding="utf-8", newline="")
+  captions = [
+    a.captions for s in load(folder, captions=file) for a in s.annotations
+  ]
+  assert (said,) in captions
+
+
+def test_captions_in_another_encoding(folder):
+  file = folder / "captions.jsonl"
+  file.write_bytes('{"image": "0.png", "text": "zéro"}'.encode("latin-1"))
+  with pytest.raises(ValueError, match="is not UTF-8"):
+    load(folder, captions=file)
+
+
 def test_missing_captions_file(folder):
   with pytest.raises(ValueError, match="is not a file"):
     load(folder, captions=folder / "none.jsonl")
 
 
 def test_large_heldout_sets_are_capped_but_not_trained_on(folder, monkeypatch):
-  monkeypatch.setattr(sources, "MAX_HELDOUT", 3)
+  monkeypatch.setattr(sources.source, "MAX_HELDOUT", 3)
   train, heldout = load(folder, heldout_fraction=0.5)
   assert len(heldout) == 3
   assert not any(sources.is_heldout(n, 0.5) for n in names(train))

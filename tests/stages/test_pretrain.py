@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 
 from configs import pretrain as pretrain_config
-from unicode_jax import codebook as codebook_lib, config as config_lib, sharding
-from unicode_jax.data import pipeline
-from unicode_jax.stages import (
-  pretrain,
-  run_folder,
-  tokenizer as tokenizer_stage,
+from unicode_jax import (
+  codebook as codebook_lib,
+  config as config_lib,
+  loading,
+  sharding,
 )
+from unicode_jax.data import pipeline
+from unicode_jax.stages import pretrain, run_folder, runner
 from unicode_jax.training import loop
 
 # Timing is the only thing that two equal runs may disagree on.
@@ -31,11 +32,11 @@ def make_config(**overrides):
 
 
 def make_stage(config):
-  data = tokenizer_stage.load_data(config, with_text=True)
+  data = runner.load_data(config, with_text=True)
   valid = data.text_tokenizer.visual_code_mask(
     config.text.image_start, config.text.image_end, config.text.vocab_size
   )
-  model = pretrain.build_model(config)
+  model = loading.build_model(config)
   return pretrain.PretrainStage(config, data, model, valid)
 
 
@@ -44,7 +45,7 @@ def train(config, workdir, until_step=None):
   state = loop.train(
     stage,
     workdir,
-    tokenizer_stage.loop_config(config),
+    runner.loop_config(config),
     sharding.make_mesh(),
     until_step,
   )

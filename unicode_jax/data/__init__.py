@@ -21,6 +21,7 @@ from unicode_jax.data import (
 )
 
 Conversation = sequences.Conversation
+Annotation = sources.Annotation
 ImageSource = sources.ImageSource
 TextTokenizer = text_tokenizer_lib.TextTokenizer
 
@@ -32,15 +33,21 @@ class DataConfig:
   """Images: `config.data`.
 
   Attributes:
-    source: "embedded" (installed packages) or "folder".
-    path: folder of images, for "folder".
-    captions: JSONL of {"image", "text"} for the folder, or None.
+    source: "embedded" (installed packages), "folder", "llava" or "tfds".
+    path: folder of images, for "folder" and "llava"; for "tfds" that of the
+      prepared data sets, None for TFDS's default.
+    captions: JSONL of {"image", "text"} for "folder" and "llava", or None.
+    conversations: LLaVA's JSON, for "llava".
+    tfds: name of a data set, for "tfds".
+    max_broken: share of the images (and of LLaVA's records) that may be broken
+      or missing; 10 always may.
+    codes: folder of cached codes for stage II, or None; not read here.
     cache_dir: where decoded images are kept; None for the user's cache folder.
     global_batch_size: images per step, over all processes.
     embedded: names from `EMBEDDED`, for "embedded".
     weights: share of each of those in the mixture, in any unit.
-    heldout_fraction: share of each source that is held out; easy-VQA brings its
-      own split.
+    heldout_fraction: share of each source that is held out; easy-VQA, and most
+      of TFDS, bring their own split.
     flip: mirror half of the images.
     crop_scale: smallest area of a random crop as a share; 1 for none.
     num_workers: reading processes; 0 for a thread.
@@ -49,6 +56,10 @@ class DataConfig:
   source: str = "embedded"
   path: str | None = None
   captions: str | None = None
+  conversations: str | None = None
+  tfds: str | None = None
+  max_broken: float = 0.1
+  codes: str | None = None
   cache_dir: str | None = None
   global_batch_size: int = 64
   embedded: tuple[str, ...] = EMBEDDED
@@ -90,6 +101,7 @@ class Data:
     image_sources: to train on.
     image_weights: share of each in the mixture, in any unit.
     heldout_images: name -> uint8[n, S, S, 3], never trained on.
+    heldout_sources: the same images with their annotations, in the same order.
     train_texts: conversations; empty without a text config.
     heldout_texts: conversations, never trained on.
     text_tokenizer: None without a text config.
@@ -98,6 +110,7 @@ class Data:
   image_sources: tuple[ImageSource, ...]
   image_weights: tuple[float, ...]
   heldout_images: dict[str, np.ndarray]
+  heldout_sources: tuple[ImageSource, ...]
   train_texts: list[Conversation]
   heldout_texts: list[Conversation]
   text_tokenizer: TextTokenizer | None
@@ -108,8 +121,8 @@ def load_data(
 ) -> Data:
   """Loads images, texts and the text tokenizer; the same for every seed.
 
-  With source "folder" the texts are those of the ChatterBot corpus, where it is
-  installed, and the folder's captions.
+  With a source of your own the texts are those of the ChatterBot corpus, where
+  it is installed, the captions and LLaVA's text-only conversations.
 
   Args:
     data: what images.
@@ -121,34 +134,20 @@ def load_data(
       to do.
     ConfigError: a package is missing; says how to install it.
   """
-  if data.source == "embedded":
-    pairs, weights = _embedded(data, image_size), data.weights
-  elif data.source == "folder":
-    if data.path is None:
-      raise config_lib.ConfigError(
-        "config.data.source=folder needs config.data.path: a folder of images"
-      )
-    folder = sources.load_folder(
-      data.path,
-      image_size,
-      captions=data.captions,
-      heldout_fraction=data.heldout_fraction,
-      cache_dir=data.cache_dir,
+  pairs, weights, texts = _sources(data, text, image_size)
+  train, heldout_sources = (tuple(side) for side in zip(*pairs))
+  heldout = {source.name: source.images() for source in heldout_sources}
+  for source in train + heldout_sources:
+    logging.info(
+      "%s: %d images, %d captions, %d dialogues",
+      source.name,
+      len(source),
+      sum(len(a.captions) for a in source.annotations),
+      sum(len(a.dialogues) for a in source.annotations),
     )
-    pairs, weights = [folder], (1.0,)
-  else:
-    raise config_lib.ConfigError(
-      f'config.data.source must be "embedded" or "folder", not {data.source!r}'
-    )
-  train = tuple(pair[0] for pair in pairs)
-  heldout = {pair[1].name: pair[1].images() for pair in pairs}
-  for name, count in [(s.name, len(s)) for s in train] + [
-    (name, len(images)) for name, images in heldout.items()
-  ]:
-    logging.info("%s: %d images", name, count)
   if text is None:
-    return Data(train, weights, heldout, [], [], None)
-  train_texts, heldout_texts = _texts(data, text, pairs)
+    return Data(train, weights, heldout, heldout_sources, [], [], None)
+  train_texts, heldout_texts = _texts(data, text, pairs, texts)
   if text.tokenizer_path is None:
     tokenizer = text_tokenizer_lib.train_text_tokenizer(
       _tokenizer_texts(train_texts, train),
@@ -158,12 +157,71 @@ def load_data(
     )
   else:
     tokenizer = text_tokenizer_lib.load_text_tokenizer(text.tokenizer_path)
-  return Data(train, weights, heldout, train_texts, heldout_texts, tokenizer)
+  return Data(
+    train,
+    weights,
+    heldout,
+    heldout_sources,
+    train_texts,
+    heldout_texts,
+    tokenizer,
+  )
 
 
-def _embedded(
-  data: DataConfig, image_size: int
-) -> list[tuple[ImageSource, ImageSource]]:
+_Pair = tuple[ImageSource, ImageSource]
+_Texts = tuple[list[Conversation], list[Conversation]]
+
+
+def _sources(
+  data: DataConfig, text: TextConfig | None, image_size: int
+) -> tuple[list[_Pair], tuple[float, ...], _Texts]:
+  """Loads (train, heldout) images with weights, and texts that came along."""
+  if data.source == "embedded":
+    return _embedded(data, image_size), data.weights, ([], [])
+  shared = {
+    "heldout_fraction": data.heldout_fraction,
+    "cache_dir": data.cache_dir,
+    "max_broken": data.max_broken,
+  }
+  texts = [], []
+  if data.source == "folder":
+    path = _needed(data, "path", "a folder of images")
+    images = sources.load_folder(
+      path, image_size, captions=data.captions, **shared
+    )
+  elif data.source == "llava":
+    path = _needed(data, "path", "a folder of images")
+    file = _needed(data, "conversations", "LLaVA's JSON file")
+    images, texts = sources.load_llava(
+      path,
+      file,
+      image_size,
+      captions=data.captions,
+      text_heldout_fraction=text.heldout_fraction if text else 0.0,
+      **shared,
+    )
+  elif data.source == "tfds":
+    name = _needed(data, "tfds", "the name of a data set")
+    images = sources.load_tfds(name, image_size, data_dir=data.path, **shared)
+  else:
+    raise config_lib.ConfigError(
+      'config.data.source must be "embedded", "folder", "llava" or "tfds", not '
+      f"{data.source!r}"
+    )
+  return [images], (1.0,), texts
+
+
+def _needed(data: DataConfig, key: str, what: str) -> str:
+  """Returns a value without which the source cannot be read."""
+  value = getattr(data, key)
+  if value is None:
+    raise config_lib.ConfigError(
+      f"config.data.source={data.source} needs config.data.{key}: {what}"
+    )
+  return value
+
+
+def _embedded(data: DataConfig, image_size: int) -> list[_Pair]:
   """Loads (train, heldout) of each embedded source."""
   unknown = sorted(set(data.embedded) - set(EMBEDDED))
   if unknown or not data.embedded:
@@ -193,30 +251,31 @@ def _embedded(
 def _texts(
   data: DataConfig,
   text: TextConfig,
-  pairs: Sequence[tuple[ImageSource, ImageSource]],
-) -> tuple[list[Conversation], list[Conversation]]:
-  """Gathers training and held-out conversations."""
+  pairs: Sequence[_Pair],
+  texts: _Texts,
+) -> _Texts:
+  """Gathers training and held-out conversations without images."""
   train, heldout = [], []
   if data.source == "embedded" or sources.has_chatterbot():
     train, heldout = sources.load_chatterbot(text.heldout_fraction)
-  if data.source == "folder":
-    train_source, heldout_source = pairs[0]
-    captions = (
-      sources.caption_conversations(train_source),
-      sources.caption_conversations(heldout_source),
-    )
+  if data.source != "embedded":
+    captions = [sources.caption_conversations(source) for source in pairs[0]]
     logging.info(
-      "texts: %d from the ChatterBot corpus%s, %d captions",
+      "texts: %d from the ChatterBot corpus%s, %d captions, %d text-only "
+      "conversations",
       len(train) + len(heldout),
       "" if train else " (chatterbot-corpus is not installed)",
       len(captions[0]) + len(captions[1]),
+      len(texts[0]) + len(texts[1]),
     )
-    train, heldout = train + captions[0], heldout + captions[1]
+    train = train + captions[0] + texts[0]
+    heldout = heldout + captions[1] + texts[1]
   if not train or not heldout:
     raise config_lib.ConfigError(
       "there is no text to train and to evaluate the LLM on: run "
       'pip install -e ".[demo]" (chatterbot-corpus), or give captions with '
-      "config.data.captions"
+      "config.data.captions, or text-only records among "
+      "config.data.conversations"
     )
   return train, heldout
 
@@ -227,8 +286,12 @@ def _tokenizer_texts(
   """Returns what the text tokenizer learns from: training text only."""
   texts = [sequences.conversation_text(c) for c in train_texts]
   for source in train_images:
-    texts += [caption for captions in source.captions for caption in captions]
-    if source.name == "easy_vqa_train":
-      asked = sources.easy_vqa_questions("train")
-      texts += sorted({f"{question} {answer}" for question, answer, _ in asked})
+    # easy-VQA's captions are made of words of its questions; thousands more of
+    # them would only move merges, and so the ids that results rest on.
+    if source.name != "easy_vqa_train":
+      texts += [text for a in source.annotations for text in a.captions]
+    turns = {
+      turn for a in source.annotations for d in a.dialogues for turn in d
+    }
+    texts += sorted({f"{question} {answer}" for question, answer in turns})
   return texts

@@ -5,7 +5,8 @@ source is turned once into `images.npy` (uint8[N, S, S, 3]) beside `meta.json`
 in a folder whose name hashes everything that decides the pixels. A changed
 source therefore gets a new folder and never a stale one (the concern of hazard
 H12, for pixels). Folders appear by rename, so a killed or racing process can
-never leave one half-written. Nothing here knows what the images are.
+never leave one half-written. What is read together with an image (a caption in
+the same record) may be kept with it. Nothing here knows what the images are.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +23,13 @@ import numpy as np
 
 from unicode_jax import config as config_lib
 
-_FORMAT = 1  # Raise it when the decoding of images changes.
+# Raise it when the decoding of images or the fields kept with them change.
+_FORMAT = 1
 _CHUNK = 256  # Images held in memory while the cache is being written.
+
+
+# What a decoder returns: uint8[S, S, 3], alone or with fields for the item.
+Decoded = np.ndarray | tuple[np.ndarray, dict[str, Any]]
 
 
 class CachedImages(NamedTuple):
@@ -31,8 +37,9 @@ class CachedImages(NamedTuple):
 
   Attributes:
     path: the .npy file, uint8[N, S, S, 3].
-    items: one dictionary per readable image: the caller's own fields, `row`
-      (its index in the array) and `digest` (hash of its pixels).
+    items: one dictionary per readable image: the caller's own fields, those
+      that `decode` adds, `row` (its index in the array) and `digest` (hash of
+      its pixels).
     broken: (name, reason) of each image that could not be read.
   """
 
@@ -50,7 +57,7 @@ def default_cache_dir() -> Path:
 def cached_images(
   source: str,
   contents: Sequence[dict[str, Any]],
-  decode: Callable[[dict[str, Any]], np.ndarray],
+  decode: Callable[[dict[str, Any]], Decoded],
   image_size: int,
   *,
   version: str = "",
@@ -63,8 +70,9 @@ def cached_images(
     source: short name of the source, the start of the folder's name.
     contents: one JSON-able dictionary per image, with at least `name`. All of
       it is hashed into the key: put sizes and mtimes in where files can change.
-    decode: turns one of them into uint8[S, S, 3]; an `OSError`, `ValueError`
-      or `SyntaxError` from it (what decoders raise) marks the image as broken.
+    decode: turns one of them into uint8[S, S, 3], or into that and a JSON-able
+      dictionary that becomes part of the item; an `OSError`, `ValueError` or
+      `SyntaxError` from it (what decoders raise) marks the image as broken.
       Runs in threads.
     image_size: S, pixels.
     version: versions of the packages that decide the pixels.
@@ -82,6 +90,7 @@ def cached_images(
     _write(folder, contents, decode, image_size, max_broken)
   meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
   broken = [tuple(entry) for entry in meta["broken"]]
+  _check_broken(broken, len(contents), max_broken)  # It may be lower now.
   if broken:
     shown = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
     logging.warning(
@@ -98,7 +107,7 @@ def cached_images(
 def _write(
   folder: Path,
   contents: Sequence[dict[str, Any]],
-  decode: Callable[[dict[str, Any]], np.ndarray],
+  decode: Callable[[dict[str, Any]], Decoded],
   image_size: int,
   max_broken: int,
 ) -> None:
@@ -137,20 +146,17 @@ def _write(
       for start in range(0, len(contents), _CHUNK):
         chunk = contents[start : start + _CHUNK]
         results = executor.map(attempt, chunk)
-        for row, (content, image) in enumerate(zip(chunk, results), start):
-          if isinstance(image, str):
-            broken.append((content["name"], image))
+        for row, (content, decoded) in enumerate(zip(chunk, results), start):
+          if isinstance(decoded, str):
+            broken.append((content["name"], decoded))
             continue
+          image, fields = (
+            decoded if isinstance(decoded, tuple) else (decoded, {})
+          )
           array[row] = image
           pixels = hashlib.sha256(image.tobytes()).hexdigest()[:32]
-          items.append({**content, "row": row, "digest": pixels})
-        if len(broken) > max_broken:
-          shown = "\n  ".join(f"{n}: {reason}" for n, reason in broken[:10])
-          raise config_lib.ConfigError(
-            f"{len(broken)} of the first {start + len(chunk)} images cannot "
-            f"be read, more than the {max_broken} that are skipped; remove "
-            f"or repair them:\n  {shown}"
-          )
+          items.append({**content, **fields, "row": row, "digest": pixels})
+        _check_broken(broken, start + len(chunk), max_broken)
     if not items:
       raise config_lib.ConfigError(
         f"none of the {len(contents)} images could be read: "
@@ -165,3 +171,19 @@ def _write(
       if not folder.is_dir():
         raise
       # Another process was faster; what it wrote is the same.
+
+
+def _check_broken(
+  broken: Sequence[tuple[str, str]], tried: int, max_broken: int
+) -> None:
+  """Raises ConfigError where more images are broken than may be skipped."""
+  if len(broken) <= max_broken:
+    return
+  shown = "\n  ".join(f"{name}: {reason}" for name, reason in broken[:10])
+  raise config_lib.ConfigError(
+    f"{len(broken)} of the first {tried} images cannot be read, more than the "
+    f"{max_broken} that are skipped; remove or repair them"
+    # Sources that allow none leave the user no choice.
+    + (", or raise config.data.max_broken" if max_broken else "")
+    + f":\n  {shown}"
+  )

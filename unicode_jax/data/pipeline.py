@@ -126,7 +126,7 @@ def image_iterator(
     raise config_lib.ConfigError(f"image sources differ in size: {sizes}")
   dataset = grain.MapDataset.mix(
     [
-      grain.MapDataset.source(_Epochs(source, seed, i))
+      grain.MapDataset.source(Epochs(source, seed, i))
       for i, (source, _) in enumerate(chosen)
     ],
     [weight for _, weight in chosen],
@@ -135,9 +135,9 @@ def image_iterator(
     dataset = dataset.random_map(RandomResizedCrop(crop_scale))
   if flip:
     dataset = dataset.random_map(RandomFlip())
-  dataset = _shard(dataset, global_batch_size, process_index, process_count)
+  dataset = shard(dataset, global_batch_size, process_index, process_count)
   dataset = dataset.map(lambda batch: {"image": to_float(batch["image"])})
-  return _iterate(dataset, num_workers)
+  return iterate(dataset, num_workers)
 
 
 class PackedText:
@@ -237,9 +237,9 @@ def text_iterator(
       divide.
   """
   rows = PackedText(conversations, tokenizer, sequence_length, "training text")
-  dataset = grain.MapDataset.source(_Epochs(rows, seed))
-  dataset = _shard(dataset, global_batch_size, process_index, process_count)
-  return _iterate(dataset, num_workers)
+  dataset = grain.MapDataset.source(Epochs(rows, seed))
+  dataset = shard(dataset, global_batch_size, process_index, process_count)
+  return iterate(dataset, num_workers)
 
 
 def heldout_text_batches(
@@ -260,7 +260,7 @@ def heldout_text_batches(
   Raises:
     ConfigError: as `text_iterator`.
   """
-  size = _per_process(global_batch_size, process_index, process_count)
+  size = per_process(global_batch_size, process_index, process_count)
   rows = PackedText(conversations, tokenizer, sequence_length, "held-out text")
   batches = []
   for start in range(0, len(rows), global_batch_size):
@@ -272,7 +272,7 @@ def heldout_text_batches(
   return batches
 
 
-class _Epochs:
+class Epochs:
   """A data source for ever: one random order of all its elements an epoch.
 
   `grain.MapDataset.shuffle` would do, but its search for an index takes 6 ms in
@@ -340,7 +340,7 @@ def source_batches(
     yield from heldout_image_batches(images, batch_size)
 
 
-def _per_process(
+def per_process(
   global_batch_size: int, process_index: int, process_count: int
 ) -> int:
   """Returns the rows of a global batch that one process reads."""
@@ -356,19 +356,19 @@ def _per_process(
   return global_batch_size // process_count
 
 
-def _shard(
+def shard(
   dataset: grain.MapDataset,
   global_batch_size: int,
   process_index: int,
   process_count: int,
 ) -> grain.MapDataset:
   """Batches, keeping every process_count-th batch: contiguous global rows."""
-  size = _per_process(global_batch_size, process_index, process_count)
+  size = per_process(global_batch_size, process_index, process_count)
   batches = dataset.batch(size, drop_remainder=True)
   return batches[process_index::process_count]
 
 
-def _iterate(
+def iterate(
   dataset: grain.MapDataset, num_workers: int
 ) -> grain.DatasetIterator:
   """Starts reading ahead, in one thread or in `num_workers` processes."""

@@ -143,12 +143,17 @@ def init_cache(config: LlamaConfig, batch: int, max_length: int) -> KVCache:
   )
 
 
-def embed(embedding: jax.Array, token_ids: jax.Array) -> jax.Array:
+def embed(
+  embedding: jax.Array,
+  token_ids: jax.Array,
+  depth_weights: jax.Array | None = None,
+) -> jax.Array:
   """Sums the rows of each position's ids.
 
   Args:
     embedding: float32[K, E].
     token_ids: int32[B, T, D]; ids outside [0, K) add nothing.
+    depth_weights: float32[D], of the rows of each depth; None for 1.
 
   Returns:
     float32[B, T, E]. The gradient is a scatter-add, with no [N, K] array.
@@ -156,7 +161,9 @@ def embed(embedding: jax.Array, token_ids: jax.Array) -> jax.Array:
   rows = embedding.at[token_ids].get(
     mode="fill", fill_value=0, wrap_negative_indices=False
   )
-  return rows.sum(axis=-2)
+  if depth_weights is None:
+    return rows.sum(axis=-2)
+  return jnp.einsum("BTDE,D->BTE", rows, depth_weights)
 
 
 class _Weight(nn.Module):
@@ -239,6 +246,8 @@ class Llama(nn.Module):
     segment_ids: jax.Array | None = None,
     cache: KVCache | None = None,
     return_hidden: bool = False,
+    depth_weights: jax.Array | None = None,
+    extra_embedding: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs the decoder.
 
@@ -251,6 +260,10 @@ class Llama(nn.Module):
       cache: past tokens; the T new ones are appended.
       return_hidden: skips the head; `head_kernel` and `next_token_loss` do the
         rest without ever holding [B, T, K].
+      depth_weights: float32[D] of `embed`; the first must be 1, so that text
+        is what a plain LLaMA reads.
+      extra_embedding: float32[B, T, E], added to the embedding; what a baseline
+        with a projector reads instead of ids.
 
     Returns:
       logits float32[B, T, K], or hidden states dtype[B, T, E] after the last
@@ -284,7 +297,10 @@ class Llama(nn.Module):
     head = embedding.T
     if not config.tie_embeddings:
       head = _Weight((E, K), small, name="lm_head")()
-    x_BTE = embed(embedding, token_ids).astype(config.dtype)
+    x_BTE = embed(embedding, token_ids, depth_weights)
+    if extra_embedding is not None:
+      x_BTE += extra_embedding
+    x_BTE = x_BTE.astype(config.dtype)
     x_BTE, layers = self._decode(x_BTE, shared, cache)
     final_norm = norm.RMSNorm(config.norm_eps, config.dtype, name="final_norm")
     x_BTE = final_norm(x_BTE)

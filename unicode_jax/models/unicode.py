@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from unicode_jax import codebook as codebook_lib, quantizer as quantizer_lib
-from unicode_jax.models import llama as llama_lib, tokenizer as tokenizer_lib
+from unicode_jax.models import (
+  llama as llama_lib,
+  projector as projector_lib,
+  tokenizer as tokenizer_lib,
+)
 
 
 @struct.dataclass
@@ -22,7 +26,8 @@ class Variables:
 
   Attributes:
     params: {"encoder", "decoder", "codebook", "llm"}: what optimizers train
-      ("llm" is absent when the codebook is private).
+      ("llm" is absent when the codebook is private, "projector" is there for
+      that baseline only).
     codebook_state: Gains, fixed projection or table, statistics.
     valid: bool[K], ids that may be visual codes.
   """
@@ -41,17 +46,40 @@ class UniCode:
     codebook: Paradigm, code_dim and update rules.
     quantizer: "vq", "rq" or "hq".
     llama: The LLM, or None where the codebook is private.
+    vision: How the LLM reads images: "unified", or a baseline of METHOD section
+      5: "separate" (codes have K rows of their own behind the K of the text) or
+      "projector" (features through an MLP; cannot draw).
   """
 
   tokenizer: tokenizer_lib.TokenizerConfig
   codebook: codebook_lib.CodebookConfig
   quantizer: str
   llama: llama_lib.LlamaConfig | None
+  vision: str = "unified"
 
   @property
   def depth(self) -> int:
     """Codes per position, D."""
     return self.codebook.depth
+
+  @property
+  def codes_shift(self) -> int:
+    """Id of code 0 in the LLM's vocabulary; 0 where codes are tokens."""
+    if self.vision != "separate":
+      return 0
+    return self.llama.vocab_size // 2
+
+  @property
+  def code_grid(self) -> tuple[int, int]:
+    """Positions that an image has for the LLM, rows and columns."""
+    size = self.tokenizer.grid_size
+    return quantizer_lib.grid_shape((size, size), self.quantizer)
+
+  @property
+  def num_positions(self) -> int:
+    """P, positions that an image takes where it is read."""
+    height, width = self.code_grid
+    return height * width
 
   def init(self, key: jax.Array, valid: jax.Array) -> Variables:
     """Draws the initial parameters.
@@ -78,16 +106,24 @@ class UniCode:
     if self.llama is not None:
       ids = jnp.zeros((1, 2, 1), jnp.int32)
       params["llm"] = llama_lib.Llama(self.llama).init(keys[2], ids)["params"]
+    if self.vision == "projector":
+      params["projector"] = self._projector().init(
+        jax.random.fold_in(key, 4), features
+      )["params"]
     params["codebook"], state = codebook_lib.init_codebook(
       keys[3], self.embedding(params), valid, self.codebook
     )
     return Variables(params=params, codebook_state=state, valid=valid)
 
   def embedding(self, params) -> jax.Array | None:
-    """Returns the LLM's token table float32[K, d_llm], None without an LLM."""
+    """Returns the LLM's token table float32[K, d_llm], None without an LLM.
+
+    Rows behind K are a baseline's own: codes that share no row with text.
+    """
     if self.llama is None:
       return None
-    return params["llm"]["embed_tokens"]["embedding"]
+    rows = params["llm"]["embed_tokens"]["embedding"]
+    return rows[: self.codes_shift or None]
 
   def table(self, variables: Variables) -> jax.Array:
     """Returns the table that codes index, float32[K, code_dim]."""
@@ -109,10 +145,42 @@ class UniCode:
       self.codebook,
     )
 
+  def depth_weights(self, variables: Variables) -> jax.Array:
+    """Returns what the LLM weighs the rows of a position's ids by, float32[D].
+
+    The aggregated embedding of METHOD section 4 sums what the quantizer emits,
+    g_d C_k at depth d, so the LLM sums g_d / g_1 E_k: later codes are
+    corrections of earlier ones, and unweighted they would drown them.
+    """
+    gain = variables.codebook_state["gain"]
+    fitted = gain[0] > 0
+    return jnp.where(fitted, gain / jnp.where(fitted, gain[0], 1.0), 1.0)
+
   def features(self, variables: Variables, image: jax.Array) -> jax.Array:
     """Maps float32[B, H, W, 3] to features float32[B, h, w, code_dim]."""
     return tokenizer_lib.Encoder(self.tokenizer).apply(
       {"params": variables.params["encoder"]}, image
+    )
+
+  def _projector(self) -> projector_lib.Projector:
+    return projector_lib.Projector(self.llama.embed_dim)
+
+  def project(self, variables: Variables, image: jax.Array) -> jax.Array:
+    """Returns what the projector's LLM reads of images.
+
+    Args:
+      variables: With a projector.
+      image: float32[B, H, W, 3] in [-1, 1].
+
+    Returns:
+      float32[B, P, d_llm]; the encoder gets no gradient.
+    """
+    z = jax.lax.stop_gradient(self.features(variables, image))
+    B, X, Y, C = z.shape
+    height, width = self.code_grid
+    z = z.reshape(B, height, X // height, width, Y // width, C).mean((2, 4))
+    return self._projector().apply(
+      {"params": variables.params["projector"]}, z.reshape(B, -1, C)
     )
 
   def quantize(

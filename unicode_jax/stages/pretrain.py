@@ -23,12 +23,11 @@ import numpy as np
 from unicode_jax import (
   codebook as codebook_lib,
   data as data_lib,
+  loading,
   quantizer as quantizer_lib,
 )
 from unicode_jax.data import pipeline
-from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
-from unicode_jax.nn import rope
-from unicode_jax.stages import tokenizer as tokenizer_stage
+from unicode_jax.stages import runner, tokenizer as tokenizer_stage
 from unicode_jax.training import loop, steps
 
 CURVES = tokenizer_stage.CURVES | {
@@ -37,18 +36,6 @@ CURVES = tokenizer_stage.CURVES | {
   "Drift": ("drift",),
   "Code agreement": ("code_agreement",),
 }
-
-
-def build_model(config) -> unicode_lib.UniCode:
-  """Makes the architecture, LLM included, that a config describes."""
-  settings = dict(config.llm)
-  scaling = rope.RopeScaling(**settings.pop("rope_scaling"))
-  llama = llama_lib.LlamaConfig(
-    vocab_size=config.text.vocab_size,
-    rope_scaling=None if scaling.factor == 1.0 else scaling,
-    **settings,
-  )
-  return tokenizer_stage.build_model(config, llama)
 
 
 class PretrainStage(tokenizer_stage.TokenizerStage):
@@ -66,6 +53,18 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       sequence_length=config.text.sequence_length,
       global_batch_size=config.text.global_batch_size,
     )
+
+  def start(self):
+    """Returns encoder and decoder of the run to start from, if there is one."""
+    if self.config.init_from is None:
+      return None
+    params = loading.load(self.config.init_from).variables.params
+    return {name: params[name] for name in ("encoder", "decoder")}
+
+  def init(self, key, start=None):
+    """Draws the initial state, around a trained encoder and decoder if given."""
+    state = super().init(key)
+    return state if start is None else self._replace(state, **start)
 
   def _tokenizer_updates(self) -> int:
     cycles, rest = divmod(self.config.num_steps, self.cycle)
@@ -230,11 +229,8 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="pretrain"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  mesh = tokenizer_stage.prepare(config, workdir)
-  data = tokenizer_stage.load_data(config, with_text=True)
-  text = config.text
-  valid = data.text_tokenizer.visual_code_mask(
-    text.image_start, text.image_end, text.vocab_size
-  )
-  stage = PretrainStage(config, data, build_model(config), valid)
-  tokenizer_stage.train_and_report(stage, config, workdir, mesh, CURVES)
+  mesh = runner.prepare(config, workdir)
+  data = runner.load_data(config, with_text=True)
+  valid = loading.valid_codes(config, data.text_tokenizer)
+  stage = PretrainStage(config, data, loading.build_model(config), valid)
+  runner.train_and_report(stage, config, workdir, mesh, CURVES)

@@ -13,6 +13,8 @@ FREE_KEYS = (
   "keep_checkpoints",
   "platform",
   "data.cache_dir",
+  "data.codes",
+  "evaluate",
   "mesh",
   "alarm",
 )
@@ -43,6 +45,20 @@ def check(workdir: pathlib.Path, config) -> None:
         f"{workdir} holds a run of another config ({'; '.join(differing)}): "
         "choose another --workdir, or the same config to resume it"
       )
+
+
+def is_finished(workdir: pathlib.Path, config) -> bool:
+  """Says whether a folder holds a run of this config that reached its end.
+
+  Args:
+    workdir: Run folder.
+    config: Resolved ConfigDict.
+
+  Raises:
+    ConfigError: If the folder holds a run of another config.
+  """
+  check(workdir, config)
+  return (workdir / "report.md").exists()
 
 
 def claim(workdir: pathlib.Path, config) -> None:

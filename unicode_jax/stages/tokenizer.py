@@ -13,23 +13,18 @@ import numpy as np
 
 from unicode_jax import (
   codebook as codebook_lib,
-  config as config_lib,
   data as data_lib,
-  sharding,
+  loading,
 )
 from unicode_jax.data import pipeline
-from unicode_jax.models import (
-  tokenizer as tokenizer_lib,
-  unicode as unicode_lib,
-)
-from unicode_jax.stages import run_folder
+from unicode_jax.models import unicode as unicode_lib
+from unicode_jax.stages import runner
 from unicode_jax.training import (
   adversarial,
   alarm as alarm_lib,
   loop,
   optimizer as optimizer_lib,
   perceptual,
-  report,
   state as state_lib,
   steps,
   visual_evaluation,
@@ -53,68 +48,9 @@ CURVES = {
 }
 
 
-def build_model(config, llama=None) -> unicode_lib.UniCode:
-  """Makes the architecture that a config describes.
-
-  Args:
-    config: Resolved ConfigDict.
-    llama: LlamaConfig, None where the codebook is private.
-
-  Returns:
-    The model.
-  """
-  tokenizer, codebook = config.tokenizer, config.codebook
-  return unicode_lib.UniCode(
-    tokenizer=tokenizer_lib.TokenizerConfig(
-      image_size=config.image_size,
-      code_dim=codebook.code_dim,
-      channels=tokenizer.channels,
-      channel_multipliers=tuple(tokenizer.channel_multipliers),
-      num_res_blocks=tokenizer.num_res_blocks,
-      stem_patch=tokenizer.stem_patch,
-      attention=tokenizer.attention,
-      dtype=tokenizer.dtype,
-    ),
-    codebook=codebook_lib.CodebookConfig(
-      paradigm=codebook.paradigm,
-      code_dim=codebook.code_dim,
-      depth=tokenizer.depth,
-      projection=codebook.projection,
-      l2_normalize=codebook.l2_normalize,
-      sync_decay=codebook.sync_decay,
-      update_rule=codebook.update_rule,
-      ema_decay=codebook.ema_decay,
-      gain_decay=codebook.gain_decay,
-      restart_dead_after=codebook.restart_dead_after,
-    ),
-    quantizer=tokenizer.quantizer,
-    llama=llama,
-  )
-
-
 def spread(images: np.ndarray) -> np.ndarray:
   """Picks a few images evenly over a set, which may be sorted by name."""
   return images[:: -(-len(images) // PICTURES_PER_SET)]
-
-
-def load_data(config, *, with_text: bool) -> data_lib.Data:
-  """Loads what a config names.
-
-  Args:
-    config: Resolved ConfigDict.
-    with_text: Whether the stage has an LLM.
-
-  Returns:
-    Images, and texts with their tokenizer.
-
-  Raises:
-    ConfigError: If what the config names is not there or of no use.
-  """
-  return data_lib.load_data(
-    data_lib.DataConfig(**config.data),
-    data_lib.TextConfig(**config.text) if with_text else None,
-    config.image_size,
-  )
 
 
 class TokenizerStage:
@@ -207,8 +143,12 @@ class TokenizerStage:
       unit="images",
     )
 
-  def init(self, key: jax.Array) -> state_lib.TrainState:
+  def start(self) -> None:
+    """Returns None: this stage begins from nothing."""
+
+  def init(self, key: jax.Array, start: None = None) -> state_lib.TrainState:
     """Draws the initial state."""
+    del start
     model_key, critic_key, run_key = jax.random.split(key, 3)
     variables = self.model.init(model_key, jnp.asarray(self.valid))
     params = variables.params
@@ -341,74 +281,6 @@ class TokenizerStage:
     )
 
 
-def loop_config(config) -> loop.LoopConfig:
-  """Takes the loop's settings out of a config."""
-  return loop.LoopConfig(
-    seed=config.seed,
-    log_every=config.log_every,
-    eval_every=config.eval_every,
-    picture_every=config.picture_every,
-    checkpoint_every=config.checkpoint_every,
-    keep_checkpoints=config.keep_checkpoints,
-    record={"config": config_lib.flatten(config)},
-  )
-
-
-def prepare(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
-  """Checks devices and run folder, before anything expensive.
-
-  Args:
-    config: Validated ConfigDict.
-    workdir: Run folder.
-
-  Returns:
-    The mesh over all devices.
-
-  Raises:
-    ConfigError: If the devices or the folder do not fit the config.
-  """
-  config_lib.check_devices(config, jax.device_count())
-  run_folder.check(workdir, config)
-  return sharding.make_mesh(**config.mesh)
-
-
-def train_and_report(
-  stage: loop.Stage, config, workdir: pathlib.Path, mesh, curves
-) -> None:
-  """Trains a stage to its end and writes the report.
-
-  Args:
-    stage: What to train.
-    config: Resolved ConfigDict.
-    workdir: Run folder, checked.
-    mesh: Device mesh.
-    curves: Groups of curves for the report.
-  """
-  is_main = jax.process_index() == 0
-  if is_main:
-    run_folder.claim(workdir, config)
-    if stage.data.text_tokenizer is not None:
-      stage.data.text_tokenizer.save(workdir / "text_tokenizer")
-  loop.train(stage, workdir, loop_config(config), mesh)
-  if is_main:
-    facts = {
-      "stage": config.stage,
-      "preset": config.preset or "default",
-      "paradigm": config.codebook.paradigm,
-      "quantizer": config.tokenizer.quantizer,
-      "codes per position": config.tokenizer.depth,
-      "codes": f"{int(np.sum(stage.valid))} of {len(stage.valid)} ids",
-      "steps": stage.total_steps,
-      "seed": config.seed,
-      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-      "jax": jax.__version__,
-    }
-    path = report.write_report(
-      workdir, f"unicode_jax {config.stage}", facts, curves
-    )
-    print(f"report: {path}")
-
-
 def run(config, workdir: pathlib.Path) -> None:
   """Runs the stage.
 
@@ -416,8 +288,8 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="tokenizer"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  mesh = prepare(config, workdir)
-  data = load_data(config, with_text=False)
-  valid = np.ones(config.text.vocab_size, bool)
-  stage = TokenizerStage(config, data, build_model(config), valid)
-  train_and_report(stage, config, workdir, mesh, CURVES)
+  mesh = runner.prepare(config, workdir)
+  data = runner.load_data(config, with_text=False)
+  valid = loading.valid_codes(config, None)
+  stage = TokenizerStage(config, data, loading.build_model(config), valid)
+  runner.train_and_report(stage, config, workdir, mesh, CURVES)

@@ -81,7 +81,10 @@ class Stage(Protocol):
   total_steps: int
   alarm_config: alarm_lib.AlarmConfig
 
-  def init(self, key: jax.Array) -> state_lib.TrainState:
+  def start(self) -> Any:
+    """Returns the tree of arrays that `init` begins from, None without one."""
+
+  def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
     """Draws the initial state."""
 
   def make_iterators(self) -> dict[str, Any]:
@@ -241,18 +244,20 @@ def train(
   )
   iterators = stage.make_iterators()
   key = jax.random.key(config.seed)
-  shapes = jax.eval_shape(stage.init, key)
+  start = stage.start()
+  shapes = jax.eval_shape(stage.init, key, start)
   shardings = sharding.fsdp_shardings(shapes, mesh)
   latest = checkpointer.latest_step()
   if latest is None:
     state = jax.jit(
       stage.init, out_shardings=shardings, compiler_options=_COMPILE_FAST
-    )(key)
+    )(key, start)
     step, record = 0, {"alarm_below_since": None, "train_seconds": 0.0}
   else:
     target = checkpoint_lib.abstract(shapes, shardings)
     state, record = checkpointer.restore(latest, target, iterators)
     step = latest
+  del start
   stop_at = stage.total_steps
   if until_step is not None:
     stop_at = min(stop_at, until_step)

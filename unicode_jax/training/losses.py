@@ -34,8 +34,10 @@ def next_token_loss(
 
   Returns:
     The loss, float32[] in nats per unmasked token (0 if all are masked), and
-    metrics, float32[] each: `num_tokens`, the mask's sum, and `correct`, the
-    part of it whose label had the largest logit (a tie counts).
+    metrics: `num_tokens`, float32[], the mask's sum; `correct`, float32[], the
+    part of it whose label had the largest logit (a tie counts); `nll` and
+    `hits`, float32[B, T], each position's cross entropy and whether its label
+    had the largest logit, whatever the mask.
 
   Raises:
     ValueError: the shapes don't fit each other.
@@ -48,21 +50,26 @@ def next_token_loss(
       f"{head_kernel.shape}"
     )
   num_tokens = loss_mask.astype(jnp.float32).sum()
-  total, correct = _summed_loss(
+  total, nll, hits = _summed_loss(
     max(1, chunk // B), hidden, head_kernel, labels, loss_mask
   )
   loss = total / jnp.where(num_tokens > 0, num_tokens, 1.0)
-  return loss, {"num_tokens": num_tokens, "correct": correct}
+  return loss, {
+    "num_tokens": num_tokens,
+    "correct": jnp.sum(loss_mask * hits),
+    "nll": nll,
+    "hits": hits,
+  }
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed_loss(length, hidden, kernel, labels, mask):
-  """Returns the masked sums of cross entropy and of hits."""
+  """Returns the masked sum of cross entropy; it and hits by position."""
   return _scan_chunks(length, hidden, kernel, labels, mask, False)[0]
 
 
 def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
-  """Returns (loss, hits), and (d_hidden, d_kernel) if asked."""
+  """Returns (loss, nll, hits), and (d_hidden, d_kernel) if asked."""
   B, T, E = hidden.shape
   count = -(-T // length)
   length = -(-T // count)
@@ -74,8 +81,11 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
   kernel_EK = kernel.astype(hidden.dtype)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
+  def join(x):
+    return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
+
   def one_chunk(carry, inputs):
-    (loss, hits), d_kernel_EK = carry
+    loss, d_kernel_EK = carry
     x_NE, labels_N, mask_N = jax.tree.map(
       lambda x: x.reshape(B * length, *x.shape[2:]), inputs
     )
@@ -85,8 +95,9 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
     highest_N = logits_NK.max(axis=1)
     exp_NK = jnp.exp(logits_NK - highest_N[:, None])
     total_N = exp_NK.sum(axis=1)
-    loss += jnp.sum(mask_N * (jnp.log(total_N) + highest_N - label_N))
-    hits += jnp.sum(mask_N * (label_N >= highest_N))
+    nll_N = jnp.log(total_N) + highest_N - label_N
+    loss += jnp.sum(mask_N * nll_N)
+    hits_N = (label_N >= highest_N).astype(jnp.float32)
     d_x = None
     if with_gradient:
       d_logits_NK = (
@@ -95,19 +106,17 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
       d_kernel_EK += product("NE,NK->EK", x_NE, d_logits_NK)
       d_x = product("NK,EK->NE", d_logits_NK, kernel_EK)
       d_x = d_x.astype(hidden.dtype).reshape(B, length, E)
-    return ((loss, hits), d_kernel_EK), d_x
+    by_position = nll_N.reshape(B, length), hits_N.reshape(B, length)
+    return (loss, d_kernel_EK), (by_position, d_x)
 
-  start = (
-    (jnp.zeros(()), jnp.zeros(())),
-    jnp.zeros(kernel.shape) if with_gradient else None,
-  )
-  (sums, d_kernel), d_hidden = jax.lax.scan(
+  start = jnp.zeros(()), jnp.zeros(kernel.shape) if with_gradient else None
+  (loss, d_kernel), (by_position, d_hidden) = jax.lax.scan(
     one_chunk, start, tuple(map(split, (hidden, labels, mask)))
   )
   if with_gradient:
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(B, -1, E)[:, :T]
+    d_hidden = join(d_hidden)
     d_kernel = d_kernel.astype(kernel.dtype)
-  return sums, (d_hidden, d_kernel)
+  return (loss, *map(join, by_position)), (d_hidden, d_kernel)
 
 
 def _forward(length, hidden, kernel, labels, mask):

@@ -1,0 +1,53 @@
+"""Where images and texts come from, and which of them are never trained on.
+
+`embedded` reads installed packages, `folder` anyone's images, `llava` the JSON
+of LLaVA's data sets with their images, `tfds` what TensorFlow Datasets has
+prepared. Each gives training and held-out `ImageSource`s with `Annotation`s
+(`source`), decoded by `images`, and so serves METHOD sections 2 to 4. Sources
+know nothing of batches, of tokens or of the template.
+"""
+
+from unicode_jax.data.sources.embedded import (
+  easy_vqa_questions,
+  has_chatterbot,
+  load_chatterbot,
+  load_easy_vqa,
+  load_openmoji,
+  shape_and_colour,
+  untoned_name,
+)
+from unicode_jax.data.sources.folder import (
+  CAPTION_QUESTION,
+  caption_conversations,
+  load_folder,
+)
+from unicode_jax.data.sources.images import IMAGE_SUFFIXES, decode_image
+from unicode_jax.data.sources.llava import load_llava
+from unicode_jax.data.sources.source import (
+  MAX_HELDOUT,
+  Annotation,
+  ImageSource,
+  is_heldout,
+)
+from unicode_jax.data.sources.tfds import load_tfds
+
+__all__ = [
+  "CAPTION_QUESTION",
+  "IMAGE_SUFFIXES",
+  "MAX_HELDOUT",
+  "Annotation",
+  "ImageSource",
+  "caption_conversations",
+  "decode_image",
+  "easy_vqa_questions",
+  "has_chatterbot",
+  "is_heldout",
+  "load_chatterbot",
+  "load_easy_vqa",
+  "load_folder",
+  "load_llava",
+  "load_openmoji",
+  "load_tfds",
+  "shape_and_colour",
+  "untoned_name",
+]

@@ -1,0 +1,210 @@
+"""The tasks of stage II: what is asked about images, and what is answered.
+
+METHOD section 4. Each task turns a source's annotations into examples, an
+example into a conversation:
+
+  decompression      image -> its codes, in segments, one turn each
+  caption            image + "Describe the picture." -> text
+  vqa                image + question -> answer, several to a conversation
+  text_to_image      "Draw: a caption" -> image
+  class_conditional  "Draw one of: a class" -> image
+  unconditional      "Draw a picture." -> image
+  text               question -> answer, no image
+
+Where the condition of an image is dropped, for classifier-free guidance (Ho &
+Salimans, arXiv 2207.12598), its question becomes the unconditional one. Pure
+Python: no pixels, no codes, no batches.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+import dataclasses
+
+import numpy as np
+
+from unicode_jax.data import sequences, sources as sources_lib
+
+TASKS = (
+  "decompression",
+  "caption",
+  "vqa",
+  "text_to_image",
+  "class_conditional",
+  "unconditional",
+  "text",
+)
+# Tasks whose answers are images: a baseline that cannot draw has none.
+DRAWING = (
+  "decompression",
+  "text_to_image",
+  "class_conditional",
+  "unconditional",
+)
+CAPTION_QUESTION = "Describe the picture."
+UNCONDITIONAL = "Draw a picture."
+
+_WHOLE = sequences.ImageSpan()
+
+
+def draw_question(caption: str) -> str:
+  """Returns what is asked for a picture of a caption."""
+  return f"Draw: {caption}"
+
+
+def class_question(label: str) -> str:
+  """Returns what is asked for a picture of a class."""
+  return f"Draw one of: {label}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """What one conversation is made of.
+
+  Attributes:
+    item: number of the image in its source, None without one.
+    turns: questions and answers.
+    reads: whether the image comes before the first question.
+    independent: whether the turns may change places.
+    conditional: whether the first question may become the unconditional one.
+  """
+
+  item: int | None
+  turns: tuple[tuple[sequences.Parts, sequences.Parts], ...]
+  reads: bool = False
+  independent: bool = False
+  conditional: bool = False
+
+  def conversation(
+    self,
+    rng: np.random.Generator | None = None,
+    condition_dropout: float = 0.0,
+  ) -> sequences.Conversation:
+    """Returns a conversation of the example.
+
+    Args:
+      rng: decides order and dropout; None changes nothing.
+      condition_dropout: chance that a condition is dropped.
+    """
+    order, dropped = range(len(self.turns)), False
+    if rng is not None and self.independent:
+      order = rng.permutation(len(self.turns))
+    if rng is not None and self.conditional:
+      dropped = rng.random() < condition_dropout
+    return self._arranged(order, dropped)
+
+  def variants(self) -> Iterator[sequences.Conversation]:
+    """Yields conversations one of which is as long as any that may be drawn.
+
+    A text has fewer or more tokens where it stands behind an image instead of a
+    template's words, so it counts which question is the first.
+    """
+    count = len(self.turns)
+    for first in range(count if self.independent else 1):
+      order = [first, *(i for i in range(count) if i != first)]
+      yield self._arranged(order, False)
+    if self.conditional:
+      yield self._arranged(range(count), True)
+
+  def _arranged(
+    self, order: Iterable[int], dropped: bool
+  ) -> sequences.Conversation:
+    """Returns the turns in an order, perhaps without the condition."""
+    turns = tuple(self.turns[i] for i in order)
+    if dropped:
+      turns = ((UNCONDITIONAL, turns[0][1]), *turns[1:])
+    if self.reads:
+      question, answer = turns[0]
+      turns = ((show(question), answer), *turns[1:])
+    return sequences.Conversation(turns)
+
+
+def show(question: sequences.Parts) -> sequences.Parts:
+  """Puts the image before a question."""
+  parts = (question,) if isinstance(question, str) else question
+  return (_WHOLE, *parts)
+
+
+def decompression_spans(
+  positions: int, segments: int
+) -> list[sequences.ImageSpan]:
+  """Cuts an image into stretches that differ by one position at most.
+
+  Args:
+    positions: P.
+    segments: how many; at most P.
+  """
+  borders = np.linspace(0, positions, segments + 1).round().astype(int)
+  return [
+    sequences.ImageSpan(0, int(start), int(stop))
+    for start, stop in zip(borders[:-1], borders[1:], strict=True)
+  ]
+
+
+def image_examples(
+  task: str,
+  source: sources_lib.ImageSource,
+  *,
+  positions: int,
+  segments: int,
+  questions_per_image: int,
+) -> list[Example]:
+  """Returns the examples of one task about the images of a source.
+
+  Args:
+    task: one of `TASKS` but "text".
+    source: images and what is known of them.
+    positions: P, grid positions of an image.
+    segments: turns of decompression.
+    questions_per_image: questions of a conversation; dialogues of several turns
+      stay whole, and apart.
+
+  Raises:
+    ValueError: there is no such task.
+  """
+  if task == "decompression":
+    spans = decompression_spans(positions, segments)
+    turns = tuple(((span,), (span,)) for span in spans)
+    return [Example(i, turns) for i in range(len(source))]
+  if task == "unconditional":
+    turns = ((UNCONDITIONAL, (_WHOLE,)),)
+    return [Example(i, turns) for i in range(len(source))]
+  if task == "caption":
+    return [
+      Example(i, ((CAPTION_QUESTION, caption),), reads=True)
+      for i, known in enumerate(source.annotations)
+      for caption in known.captions
+    ]
+  if task == "text_to_image":
+    return [
+      Example(i, ((draw_question(caption), (_WHOLE,)),), conditional=True)
+      for i, known in enumerate(source.annotations)
+      for caption in known.captions
+    ]
+  if task == "class_conditional":
+    return [
+      Example(i, ((class_question(known.label), (_WHOLE,)),), conditional=True)
+      for i, known in enumerate(source.annotations)
+      if known.label is not None
+    ]
+  if task != "vqa":
+    raise ValueError(f"there is no task {task!r} about images: {TASKS}")
+  examples = []
+  for i, known in enumerate(source.annotations):
+    single = [d[0] for d in known.dialogues if len(d) == 1]
+    # So that questions that are neighbours in the data need not be here.
+    order = np.random.default_rng(i).permutation(len(single))
+    for start in range(0, len(single), questions_per_image):
+      turns = tuple(
+        single[j] for j in order[start : start + questions_per_image]
+      )
+      examples.append(Example(i, turns, reads=True, independent=True))
+    examples += [
+      Example(i, tuple(d), reads=True) for d in known.dialogues if len(d) > 1
+    ]
+  return examples
+
+
+def text_examples(
+  conversations: Sequence[sequences.Conversation],
+) -> list[Example]:
+  """Returns the examples of the task without images."""
+  return [Example(None, c.turns) for c in conversations]

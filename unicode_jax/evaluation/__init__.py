@@ -1,0 +1,1 @@
+"""What the evaluation suites measure, and with which rules."""

@@ -1,0 +1,370 @@
+"""A trained model in use: it reads images, answers questions and draws.
+
+The Python API behind the commands, METHOD section 4 at work:
+
+  model = unicode_jax.load("runs/quickstart/instruct")
+  image = unicode_jax.inference.open_image("x.png", model.image_size)
+  codes = model.encode(image[None])
+  model.answer([Question("What is this?", codes)])[0].text
+  model.draw(["rooster"], seed=1)  # uint8[1, S, S, 3]
+
+Nothing is trained here, and nothing measured.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import logging
+import os
+import warnings
+
+import jax
+import numpy as np
+from PIL import Image
+
+from unicode_jax import config as config_lib, loading, sampling as sampling_lib
+from unicode_jax.data import sequences, sources, tasks
+from unicode_jax.models import llama as llama_lib
+from unicode_jax.training import instruct_step, pictures
+
+BATCH = 64  # Images or prompts at a time.
+# What drawing uses unless told otherwise.
+DRAW_SAMPLING = sampling_lib.SamplingConfig(top_k=0, top_p=0.95, guidance=2.0)
+
+
+class ResolutionWarning(UserWarning):
+  """An image has to be enlarged to what the model reads."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Question:
+  """What is asked, and what came before.
+
+  Attributes:
+    parts: text, or texts and image spans.
+    codes: int32[n, P, D] of the images that the conversation shows, or None.
+    history: earlier turns.
+  """
+
+  parts: sequences.Parts
+  codes: np.ndarray | None = None
+  history: sequences.Conversation = sequences.Conversation(())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reply:
+  """What the model said.
+
+  Attributes:
+    parts: texts, and `ImageSpan(i)` for image i of `codes`.
+    codes: int32[n, P, D] of the images that it drew.
+  """
+
+  parts: tuple[str | sequences.ImageSpan, ...]
+  codes: np.ndarray
+
+  @property
+  def text(self) -> str:
+    """The texts, joined."""
+    return "".join(p for p in self.parts if isinstance(p, str)).strip()
+
+
+def open_image(
+  file: str | os.PathLike[str], image_size: int
+) -> np.ndarray:
+  """Reads an image file of any size and mode, as training does.
+
+  Args:
+    file: path.
+    image_size: S; the central square is resized to it. Training and testing at
+      different resolutions hurts (reported for UniCode: 256 and 320 px), so an
+      image that has to be enlarged brings a `ResolutionWarning`.
+
+  Returns:
+    uint8[S, S, 3].
+
+  Raises:
+    ConfigError: if there is no such file, or it is no image.
+  """
+  try:
+    with Image.open(file) as opened:
+      size = opened.size
+    image = sources.decode_image(file, image_size)
+  except (OSError, ValueError, SyntaxError) as error:
+    raise config_lib.ConfigError(
+      f"cannot read the image {str(file)!r} ({error}): name a file that Pillow "
+      "can open"
+    ) from error
+  if min(size) < image_size:
+    warnings.warn(
+      f"{file} has {size[0]}x{size[1]} pixels and is enlarged to the "
+      f"{image_size}x{image_size} that the model was trained on: expect worse "
+      "answers",
+      ResolutionWarning,
+      stacklevel=2,
+    )
+  elif size != (image_size, image_size):
+    logging.info("%s: %dx%d, read at %d px", file, *size, image_size)
+  return image
+
+
+def load(
+  workdir: str | os.PathLike[str], step: int | None = None
+) -> "UniCodeModel":
+  """Loads a run (see `loading.load`), ready to use."""
+  return UniCodeModel(loading.load(workdir, step))
+
+
+class UniCodeModel:
+  """A trained model.
+
+  Attributes:
+    loaded: architecture, parameters, config and text tokenizer.
+    image_size: S, pixels.
+  """
+
+  def __init__(self, loaded: loading.Loaded):
+    """Wraps a loaded run; nothing is compiled before it is used."""
+    self.loaded = loaded
+    self.image_size = loaded.config.image_size
+    self._model = loaded.model
+    self._llama = dataclasses.replace(loaded.model.llama, scan_layers=False) if (
+      loaded.model.llama
+    ) else None
+
+  @functools.cached_property
+  def _params(self):
+    """The LLM's parameters, unrolled, which decodes faster."""
+    self._needs_llm()
+    params = self.loaded.variables.params["llm"]
+    return llama_lib.unstack_layers(params) if "layers" in params else params
+
+  def _needs_llm(self):
+    if self._llama is None:
+      raise config_lib.ConfigError(
+        f"{self.loaded.workdir} is a visual tokenizer alone: it can encode and "
+        "decode images, but not answer or draw; name a run of "
+        "--config=configs/instruct.py"
+      )
+
+  @functools.cached_property
+  def _encode(self):
+    return jax.jit(
+      lambda variables, images: self._model.encode(
+        variables, instruct_step.to_float(images)
+      ).codes
+    )
+
+  @functools.cached_property
+  def _decode(self):
+    return jax.jit(self._model.decode)
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """Quantizes images, exactly.
+
+    Args:
+      images: uint8[N, S, S, 3].
+
+    Returns:
+      codes int32[N, P, D].
+
+    Raises:
+      ConfigError: if the images have another size or type.
+    """
+    images = np.asarray(images)
+    wanted = (self.image_size, self.image_size, 3)
+    if images.shape[1:] != wanted or images.dtype != np.uint8:
+      raise config_lib.ConfigError(
+        f"images are {images.dtype}{list(images.shape)}, not uint8[N, "
+        f"{self.image_size}, {self.image_size}, 3]: read them with "
+        "unicode_jax.inference.open_image"
+      )
+    codes = self._in_batches(
+      lambda batch: self._encode(self.loaded.variables, batch), images
+    )
+    return codes.reshape(len(images), self._model.num_positions, -1)
+
+  def decode(self, codes: np.ndarray) -> np.ndarray:
+    """Turns codes int32[N, P, D] into pictures uint8[N, S, S, 3]."""
+    grid = self._model.code_grid
+    codes = np.asarray(codes, np.int32).reshape(
+      len(codes), *grid, self._model.depth
+    )
+    return pictures.to_uint8(
+      self._in_batches(
+        lambda batch: self._decode(self.loaded.variables, batch), codes
+      )
+    )
+
+  def _in_batches(self, function, rows: np.ndarray) -> np.ndarray:
+    """Maps a function over rows, at most two batch sizes being compiled."""
+    size = BATCH if len(rows) > 8 else 8
+    results = []
+    for start in range(0, max(len(rows), 1), size):
+      batch = rows[start : start + size]
+      fill = [(0, size - len(batch))] + [(0, 0)] * (rows.ndim - 1)
+      results.append(np.asarray(function(np.pad(batch, fill)))[: len(batch)])
+    return np.concatenate(results)
+
+  def grammar(
+    self, *, text: bool = True, images: bool = True
+  ) -> sampling_lib.Grammar:
+    """Returns which ids may follow which in an answer (H9).
+
+    Args:
+      text: whether it may hold text.
+      images: whether it may hold images.
+    """
+    loaded = self.loaded
+    layout, tokenizer = loaded.layout, loaded.text_tokenizer
+    valid = np.asarray(loaded.variables.valid)
+    codes = np.zeros(self._llama.vocab_size, bool)
+    codes[self._model.codes_shift :][: len(valid)] = valid
+    return sampling_lib.make_grammar(
+      self._llama.vocab_size,
+      valid=codes,
+      control_ids=tokenizer.control_ids,
+      image_start=tokenizer.token_id(layout.image_start),
+      image_end=tokenizer.token_id(layout.image_end),
+      stop_ids=[sequences.stop_id(tokenizer, layout.template)],
+      codes_per_image=self._model.num_positions * self._model.depth,
+      vocab_size=tokenizer.vocab_size,
+      allow_images=images and self._model.vision != "projector",
+      allow_text=text,
+    )
+
+  def prompt(self, question: Question, draw: bool = False) -> np.ndarray:
+    """Returns the ids int32[n, D] that the model reads before it answers."""
+    if question.codes is not None and self._model.vision == "projector":
+      raise config_lib.ConfigError(
+        "a model with instruct.vision='projector' reads features instead of "
+        "codes, which sampling does not: its held-out answers are measured "
+        "while it trains (eval/exact in metrics.jsonl)"
+      )
+    return sequences.encode_prompt(
+      question.history,
+      question.parts,
+      self.loaded.text_tokenizer,
+      self.loaded.layout,
+      () if question.codes is None else list(question.codes),
+      draw=draw,
+    )
+
+  def answer(
+    self,
+    questions: Sequence[Question],
+    sampling: sampling_lib.SamplingConfig = sampling_lib.SamplingConfig(
+      temperature=0.0
+    ),
+    *,
+    seed: int = 0,
+    images: bool = True,
+  ) -> list[Reply]:
+    """Answers questions, with text, images or both.
+
+    Args:
+      questions: what is asked; each may show images.
+      sampling: by default greedy.
+      seed: of what is drawn at random.
+      images: whether answers may hold images.
+
+    Returns:
+      One reply each.
+    """
+    self._needs_llm()
+    room = 2 + self._model.num_positions * self._model.depth
+    if images and sampling.max_new_tokens < room + 1:
+      sampling = dataclasses.replace(sampling, max_new_tokens=room + 1)
+    answers = sampling_lib.generate(
+      self._llama,
+      self._params,
+      [self.prompt(question) for question in questions],
+      self.grammar(images=images),
+      sampling,
+      jax.random.key(seed),
+      batch_size=BATCH,
+    )
+    return [self._reply(ids) for ids in answers]
+
+  def draw(
+    self,
+    captions: Sequence[str | None],
+    sampling: sampling_lib.SamplingConfig = DRAW_SAMPLING,
+    *,
+    seed: int = 0,
+  ) -> np.ndarray:
+    """Draws one picture of each caption.
+
+    Args:
+      captions: what to draw; None draws whatever comes.
+      sampling: how; guidance leads away from the unconditional picture.
+      seed: of what is drawn at random. Picture i depends on the seed and i.
+
+    Returns:
+      uint8[N, S, S, 3].
+
+    Raises:
+      ConfigError: if the model cannot draw.
+    """
+    questions = [
+      tasks.UNCONDITIONAL if c is None else tasks.draw_question(c)
+      for c in captions
+    ]
+    return self.decode(self.draw_codes(questions, sampling, seed=seed))
+
+  def draw_codes(
+    self,
+    questions: Sequence[str],
+    sampling: sampling_lib.SamplingConfig = DRAW_SAMPLING,
+    *,
+    seed: int = 0,
+  ) -> np.ndarray:
+    """Answers questions by images: as `draw`, but returns int32[N, P, D]."""
+    self._needs_llm()
+    model = self._model
+    if model.vision == "projector":
+      raise config_lib.ConfigError(
+        f"{self.loaded.workdir} was trained with instruct.vision='projector', "
+        "which cannot draw: train with 'unified' or 'separate'"
+      )
+    wanted = model.num_positions * model.depth
+    prompts = [self.prompt(Question(q), draw=True) for q in questions]
+    negatives = None
+    if sampling.guidance != 1:
+      empty = self.prompt(Question(tasks.UNCONDITIONAL), draw=True)
+      negatives = [empty] * len(prompts)
+    answers = sampling_lib.generate(
+      self._llama,
+      self._params,
+      prompts,
+      self.grammar(),
+      dataclasses.replace(sampling, max_new_tokens=wanted + 1),
+      jax.random.key(seed),
+      negative_prompts=negatives,
+      batch_size=BATCH,
+    )
+    codes = np.stack([ids[:wanted] for ids in answers]) - model.codes_shift
+    return codes.reshape(len(codes), model.num_positions, model.depth)
+
+  def _reply(self, ids: np.ndarray) -> Reply:
+    """Takes an answer apart."""
+    tokenizer, layout = self.loaded.text_tokenizer, self.loaded.layout
+    start = tokenizer.token_id(layout.image_start)
+    wanted = self._model.num_positions * self._model.depth
+    parts, images = [], []
+    begin = 0
+    ids = np.asarray(ids)
+    while begin < len(ids):
+      opened = np.flatnonzero(ids[begin:] == start)
+      stop = begin + int(opened[0]) if len(opened) else len(ids)
+      if text := tokenizer.decode(ids[begin:stop]):
+        parts.append(text)
+      if stop == len(ids):
+        break
+      parts.append(sequences.ImageSpan(len(images)))
+      images.append(ids[stop + 1 : stop + 1 + wanted])
+      begin = stop + 2 + wanted
+    codes = np.asarray(images, np.int32).reshape(
+      len(images), self._model.num_positions, self._model.depth
+    )
+    return Reply(tuple(parts), codes - self._model.codes_shift)

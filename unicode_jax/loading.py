@@ -1,0 +1,255 @@
+"""From a config or a run folder to a model: the one loader.
+
+`build_model` makes the architecture that a config describes, for every stage.
+`load` reads a run's newest checkpoint, of stage I or II, with all that is needed
+to use it: the commands and the Python API (`unicode_jax.load`) start here.
+Nothing is trained here, and optimizer states are not read.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from unicode_jax import codebook as codebook_lib, config as config_lib
+from unicode_jax.data import sequences, text_tokenizer as text_tokenizer_lib
+from unicode_jax.models import (
+  llama as llama_lib,
+  tokenizer as tokenizer_lib,
+  unicode as unicode_lib,
+)
+from unicode_jax.nn import rope
+
+TEXT_TOKENIZER = "text_tokenizer"
+
+
+def build_llama(config) -> llama_lib.LlamaConfig | None:
+  """Makes the LLM's shape, None for a stage without one."""
+  if config.stage == "tokenizer":
+    return None
+  settings = dict(config.llm)
+  scaling = rope.RopeScaling(**settings.pop("rope_scaling"))
+  separate = config.stage == "instruct" and config.instruct.vision == "separate"
+  return llama_lib.LlamaConfig(
+    vocab_size=config.text.vocab_size * (2 if separate else 1),
+    rope_scaling=None if scaling.factor == 1.0 else scaling,
+    **settings,
+  )
+
+
+def build_model(config) -> unicode_lib.UniCode:
+  """Makes the architecture that a config describes.
+
+  Args:
+    config: Resolved ConfigDict of any stage. In stage II the tokenizer is
+      frozen, whatever paradigm trained it.
+
+  Returns:
+    The model.
+  """
+  tokenizer, codebook = config.tokenizer, config.codebook
+  rules = codebook_lib.CodebookConfig(depth=tokenizer.depth, **_rules(codebook))
+  vision = "unified"
+  if config.stage == "instruct":
+    rules, vision = codebook_lib.frozen_config(rules), config.instruct.vision
+  return unicode_lib.UniCode(
+    tokenizer=tokenizer_lib.TokenizerConfig(
+      image_size=config.image_size,
+      code_dim=codebook.code_dim,
+      channels=tokenizer.channels,
+      channel_multipliers=tuple(tokenizer.channel_multipliers),
+      num_res_blocks=tokenizer.num_res_blocks,
+      stem_patch=tokenizer.stem_patch,
+      attention=tokenizer.attention,
+      dtype=tokenizer.dtype,
+    ),
+    codebook=rules,
+    quantizer=tokenizer.quantizer,
+    llama=build_llama(config),
+    vision=vision,
+  )
+
+
+def _rules(codebook) -> dict[str, Any]:
+  """Takes the section apart; `sync_every` is the schedule's."""
+  return {k: v for k, v in codebook.items() if k != "sync_every"}
+
+
+def sequence_format(config) -> sequences.SequenceFormat:
+  """Returns how a config turns conversations into ids.
+
+  Args:
+    config: Resolved ConfigDict of a stage with an LLM.
+  """
+  stage_two = config.stage == "instruct"
+  template = config.instruct.template if stage_two else "plain"
+  separate = stage_two and config.instruct.vision == "separate"
+  return sequences.SequenceFormat(
+    template=sequences.TEMPLATES[template],
+    image_start=config.text.image_start,
+    image_end=config.text.image_end,
+    depth=config.tokenizer.depth,
+    codes_shift=config.text.vocab_size if separate else 0,
+  )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Loaded:
+  """A trained model.
+
+  Attributes:
+    config: Resolved ConfigDict of the run.
+    model: Architecture.
+    variables: Parameters, codebook and valid ids.
+    text_tokenizer: None for a visual tokenizer alone.
+    workdir: Run folder.
+    step: Steps that were trained.
+  """
+
+  config: Any
+  model: unicode_lib.UniCode
+  variables: unicode_lib.Variables
+  text_tokenizer: text_tokenizer_lib.TextTokenizer | None
+  workdir: pathlib.Path
+  step: int
+
+  @property
+  def layout(self) -> sequences.SequenceFormat:
+    """How conversations become ids."""
+    return sequence_format(self.config)
+
+
+def load(
+  workdir: str | os.PathLike[str], step: int | None = None
+) -> Loaded:
+  """Loads a run: of stage I, stage II or a tokenizer alone.
+
+  Args:
+    workdir: Run folder.
+    step: Which checkpoint; None for the newest.
+
+  Returns:
+    The model, on the default device.
+
+  Raises:
+    ConfigError: If the folder holds no run, or no such checkpoint.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  path = workdir / "config.json"
+  if not path.is_file():
+    raise config_lib.ConfigError(
+      f"{workdir} holds no run (no config.json in it): name the --workdir of "
+      "a run of unicode_jax.main"
+    )
+  config = config_lib.from_json(path)
+  folder = workdir / "checkpoints"
+  steps = sorted(
+    int(entry.name)
+    for entry in (folder.iterdir() if folder.is_dir() else ())
+    if entry.name.isdigit()
+  )
+  if not steps or (step is not None and step not in steps):
+    raise config_lib.ConfigError(
+      f"{folder} has no checkpoint"
+      + (f" of step {step}; it has {steps}" if steps else "")
+      + (
+        ": choose one of these" if steps else ": let the run reach its first"
+      )
+    )
+  step = steps[-1] if step is None else step
+  model = build_model(config)
+  shapes = jax.eval_shape(
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
+  )
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
+  )
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    variables = checkpointer.restore(
+      (folder / str(step) / "state").absolute(),
+      args=ocp.args.PyTreeRestore(
+        item={"variables": target},
+        restore_args={
+          "variables": ocp.checkpoint_utils.construct_restore_args(target)
+        },
+        partial_restore=True,
+      ),
+    )["variables"]
+  tokenizer = None
+  if model.llama is not None:
+    tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
+  return Loaded(config, model, variables, tokenizer, workdir, step)
+
+
+def fingerprint(
+  model: unicode_lib.UniCode, variables: unicode_lib.Variables
+) -> str:
+  """Hashes all that decides which codes an image has (H12).
+
+  Stage II, which fixes the table of its start, has its start's fingerprint.
+  The LLM, the decoder and a baseline's own parameters do not count. Nor does
+  the hardware, which may turn near ties in encoding.
+
+  Args:
+    model: The architecture.
+    variables: With the encoder and the codebook.
+
+  Returns:
+    64 hexadecimal digits.
+  """
+  facts = {
+    "format": 1,  # Raise it when the same variables give other codes.
+    "quantizer": model.quantizer,
+    "depth": model.depth,
+    "l2_normalize": model.codebook.l2_normalize,
+    "tokenizer": dataclasses.asdict(model.tokenizer),
+  }
+  # As it is stored, before `l2_normalize`, whose rounding is the device's.
+  if model.codebook.paradigm == "private":
+    table = variables.params["codebook"]["table"]
+  else:
+    table = codebook_lib.freeze(
+      variables.params["codebook"],
+      variables.codebook_state,
+      model.embedding(variables.params),
+      variables.valid,
+      model.codebook,
+    )[1]["table"]
+  arrays = {
+    "encoder": variables.params["encoder"],
+    "gain": variables.codebook_state["gain"],
+    "table": table,
+    "valid": variables.valid,
+  }
+  digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+  for path, leaf in sorted(traverse_util.flatten_dict(arrays, sep="/").items()):
+    value = np.asarray(leaf)
+    digest.update(f"{path} {value.dtype.name} {value.shape}".encode())
+    digest.update(value.tobytes())
+  return digest.hexdigest()
+
+
+def valid_codes(config, tokenizer) -> np.ndarray:
+  """Returns bool[K], the ids that may be visual codes (H9).
+
+  Args:
+    config: Resolved ConfigDict.
+    tokenizer: The text tokenizer, None for a private codebook.
+  """
+  text = config.text
+  if tokenizer is None:
+    return np.ones(text.vocab_size, bool)
+  return tokenizer.visual_code_mask(
+    text.image_start, text.image_end, text.vocab_size
+  )

@@ -1,0 +1,400 @@
+"""Stage II: the LLM learns to read and to draw images; the tokenizer is frozen.
+
+METHOD section 4. It starts from a run of stage I (`init_from`), or goes on from
+one of stage II, and trains the LLM on a weighted mixture of tasks
+(`data.tasks`), with the loss on answers only. Ids keep the meaning that stage I
+gave them: the table that quantizes images is fixed as it was (H3), while the
+LLM's own rows go on moving. The two baselines of METHOD section 5 are settings
+of the same code (`instruct.vision`).
+"""
+
+import collections
+from collections.abc import Sequence
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unicode_jax import (
+  codebook as codebook_lib,
+  config as config_lib,
+  data as data_lib,
+  loading,
+)
+from unicode_jax.data import mixture as mixture_lib, tasks
+from unicode_jax.models import unicode as unicode_lib
+from unicode_jax.stages import runner
+from unicode_jax.training import (
+  alarm as alarm_lib,
+  instruct_step,
+  loop,
+  optimizer as optimizer_lib,
+  state as state_lib,
+)
+
+# Rows of each group of the held-out mixture that an evaluation takes; at the
+# end of the run all count, up to the second number.
+EVALUATED_ROWS, FINAL_ROWS = 64, 4096
+
+CURVES = {
+  "Loss": ("loss",),
+  "Text loss by task": ("text_loss/",),
+  "Image loss by task": ("image_loss/",),
+  "Held-out loss": ("eval/loss/",),
+  "Held-out accuracy by token": ("eval/accuracy/",),
+  "Held-out answers": ("eval/exact/",),
+  "Held-out text perplexity": ("eval/text_perplexity",),
+}
+
+
+def mixture_config(
+  config, source_weights: Sequence[float]
+) -> mixture_lib.MixtureConfig:
+  """Returns what decides the rows of a run.
+
+  Args:
+    config: Resolved ConfigDict.
+    source_weights: Share of each image source.
+  """
+  settings = config.instruct
+  weights = {
+    name: share
+    for name, share in settings.tasks.items()
+    if settings.vision != "projector" or name not in tasks.DRAWING
+  }
+  return mixture_lib.MixtureConfig(
+    weights=weights,
+    source_weights=tuple(source_weights),
+    # Slots are shifted when they are filled.
+    layout=dataclasses.replace(
+      loading.sequence_format(config), codes_shift=0
+    ),
+    sequence_length=config.text.sequence_length,
+    positions=config_lib.positions(config),
+    first_slot=loading.build_llama(config).vocab_size,
+    segments=settings.segments,
+    questions_per_image=settings.questions_per_image,
+    condition_dropout=settings.condition_dropout,
+    flip=config.data.flip,
+  )
+
+
+def starting_variables(config, loaded: loading.Loaded, model):
+  """Freezes the tokenizer of a run to start from.
+
+  Args:
+    config: Resolved ConfigDict of stage II.
+    loaded: The run that it starts from.
+    model: Architecture of stage II.
+
+  Returns:
+    Variables of stage II, as far as the run has them.
+
+  Raises:
+    ConfigError: If it is a run of stage II with another baseline's model.
+  """
+  if loaded.config.stage == "instruct":
+    if loaded.model.vision != model.vision:
+      raise config_lib.ConfigError(
+        f"init_from={config.init_from!r} was trained with instruct.vision="
+        f"{loaded.model.vision!r}, not {model.vision!r}: start from stage I"
+      )
+    return loaded.variables
+  variables = loaded.variables
+  params = dict(variables.params)
+  params["codebook"], codebook_state = codebook_lib.freeze(
+    params["codebook"],
+    variables.codebook_state,
+    loaded.model.embedding(params),
+    variables.valid,
+    loaded.model.codebook,
+  )
+  return variables.replace(params=params, codebook_state=codebook_state)
+
+
+def extend(
+  model: unicode_lib.UniCode, key: jax.Array, variables: unicode_lib.Variables
+) -> unicode_lib.Variables:
+  """Adds what a baseline has and its start has not.
+
+  Args:
+    model: Architecture of stage II.
+    key: PRNG key.
+    variables: Of the start.
+
+  Returns:
+    Variables of `model`: "separate" gets K new rows, drawn as the others were,
+    "projector" its projector; those of a start that has them stay.
+  """
+  params = dict(variables.params)
+  fresh = jax.eval_shape(model.init, key, variables.valid).params
+  if model.vision == "projector" and "projector" not in params:
+    params["projector"] = model.init(key, variables.valid).params["projector"]
+  llm = dict(params["llm"])
+  keys = jax.random.split(key)
+  rows = fresh["llm"]["embed_tokens"]["embedding"].shape[0]
+  table = llm["embed_tokens"]["embedding"]
+  if rows > table.shape[0]:
+    shape = rows - table.shape[0], table.shape[1]
+    new = 0.02 * jax.random.normal(keys[0], shape)
+    llm["embed_tokens"] = {"embedding": jnp.concatenate([table, new])}
+    if "lm_head" in llm:
+      new = 0.02 * jax.random.normal(keys[1], shape[::-1])
+      kernel = llm["lm_head"]["kernel"]
+      llm["lm_head"] = {"kernel": jnp.concatenate([kernel, new], axis=1)}
+  return variables.replace(params={**params, "llm": llm})
+
+
+class InstructStage:
+  """The mixture of tasks at every step."""
+
+  def __init__(
+    self,
+    config,
+    data: data_lib.Data,
+    loaded: loading.Loaded,
+    codes: Sequence[mixture_lib.Codes] | None = None,
+  ):
+    """Prepares the mixture and the step.
+
+    Args:
+      config: Resolved ConfigDict.
+      data: Images and texts.
+      loaded: The run to start from.
+      codes: Cached codes of each image source, None to encode at every step.
+
+    Raises:
+      ConfigError: If the data has nothing for the mixture.
+    """
+    self.config, self.data, self._loaded = config, data, loaded
+    self.model = loading.build_model(config)
+    self.valid = np.asarray(loaded.variables.valid)
+    self.total_steps = config.num_steps
+    self.alarm_config = alarm_lib.AlarmConfig(**config.alarm)
+    rows = mixture_config(config, data.image_weights)
+    self.mixture = mixture_lib.Mixture(
+      data.image_sources,
+      data.train_texts,
+      data.text_tokenizer,
+      rows,
+      codes,
+    )
+    self.heldout = mixture_lib.Mixture(
+      data.heldout_sources,
+      data.heldout_texts,
+      data.text_tokenizer,
+      dataclasses.replace(
+        rows,
+        # Whether language is kept is asked of every mixture (H10).
+        weights={**rows.weights, "text": 1.0},
+        # As the published tests ask.
+        questions_per_image=1,
+        flip=False,
+      ),
+    )
+    settings = optimizer_lib.OptimizerConfig(**config.optimizer["instruct"])
+    self.optimizer = optimizer_lib.make_optimizer(settings, config.num_steps)
+    instruct = config.instruct
+    self._phase = loop.Phase(
+      name="instruct",
+      stream="mixture",
+      step=instruct_step.make_instruct_step(
+        self.model,
+        self.optimizer,
+        num_groups=len(self.mixture.groups),
+        image_loss_weight=instruct.image_loss_weight,
+      ),
+      items=instruct.global_batch_size * config.text.sequence_length,
+      unit="tokens",
+    )
+
+  def start(self):
+    """Returns the variables of the run that this one starts from."""
+    return starting_variables(self.config, self._loaded, self.model)
+
+  def init(self, key: jax.Array, start) -> state_lib.TrainState:
+    """Puts the start into a training state."""
+    model_key, run_key = jax.random.split(key)
+    variables = extend(self.model, model_key, start)
+    groups = {
+      name: variables.params[name]
+      for name in instruct_step.trained_groups(self.model)
+    }
+    return state_lib.TrainState(
+      step=jnp.zeros((), jnp.int32),
+      rng=jax.random.key_data(run_key),
+      variables=variables,
+      discriminator={},
+      opt_state={"instruct": self.optimizer.init(groups)},
+    )
+
+  def make_iterators(self):
+    """Opens the stream of packed rows."""
+    return {
+      "mixture": mixture_lib.mixture_iterator(
+        self.mixture,
+        global_batch_size=self.config.instruct.global_batch_size,
+        seed=self.config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=self.config.data.num_workers,
+      )
+    }
+
+  def phase(self, step: int) -> loop.Phase:
+    """Returns the only kind of step."""
+    del step
+    return self._phase
+
+  def transition(self, step: int) -> loop.Transition | None:
+    """Returns None: the codebook is frozen."""
+    del step
+    return None
+
+  def summarize(self, state, window, batch) -> dict[str, float]:
+    """Tells losses apart by task, and text from images (H10)."""
+    del state, batch
+    sums = window.pop("sums", None)
+    values = {name: float(value) for name, value in window.items()}
+    if sums is not None:
+      values |= _by_task(self.mixture, sums)
+    return values
+
+  def growing_energy(self, metrics) -> str | None:
+    """Returns None: nothing is quantized anew."""
+    del metrics
+    return None
+
+  def likely_cause(self, metrics) -> str:
+    """Returns nothing: a frozen codebook does not collapse."""
+    del metrics
+    return ""
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def _measure(self, variables, batch):
+    groups = {
+      name: variables.params[name]
+      for name in instruct_step.trained_groups(self.model)
+    }
+    _, aux = instruct_step.instruct_loss(self.model, groups, variables, batch)
+    sums = instruct_step.loss_sums(batch, aux, len(self.heldout.groups))
+    return sums, aux["hits"]
+
+  def evaluate(self, state, *, final: bool) -> dict[str, float]:
+    """Measures held-out rows of every task, the right answers before given.
+
+    "exact" is the share of text answers of which every token was the likeliest:
+    what greedy decoding would get right.
+    """
+    total = np.zeros((len(self.heldout.groups), 2, 3))
+    result = {}
+    for number, group in enumerate(self.heldout.groups):
+      right = answers = 0
+      for batch in mixture_lib.fixed_batches(
+        self.heldout,
+        number,
+        self.config.instruct.global_batch_size,
+        FINAL_ROWS if final else EVALUATED_ROWS,
+      ):
+        sums, hits = jax.device_get(self._measure(state.variables, batch))
+        total += sums
+        counted = exact_answers(batch, hits)
+        right, answers = right + counted.sum(), answers + len(counted)
+      if group.name in ("vqa", "caption", "text"):
+        result[f"eval/exact/{group_name(group)}"] = right / max(answers, 1)
+    measured = _by_task(self.heldout, total)
+    result |= {f"eval/{name}": value for name, value in measured.items()}
+    if "text_loss/text" in measured:
+      result["eval/text_perplexity"] = float(
+        np.exp(measured["text_loss/text"])
+      )
+    return result
+
+  def pictures(self, state):
+    """Returns no pictures: the evaluation of the finished run draws."""
+    del state
+    return {}
+
+  def headline(self, metrics) -> str:
+    """Says the metrics in a few words."""
+    words = {"loss": "loss"} | {
+      name.replace("_loss/", " "): name
+      for name in metrics
+      if name.startswith(("text_loss/", "image_loss/"))
+      and name.count("/") == 1
+    }
+    return "  ".join(
+      f"{word} {metrics[name]:.3g}"
+      for word, name in words.items()
+      if name in metrics
+    )
+
+
+def group_name(group: mixture_lib.TaskRows) -> str:
+  """Returns "task" or "task/source"."""
+  return f"{group.name}/{group.source.name}" if group.source else group.name
+
+
+def _by_task(mixture, sums) -> dict[str, float]:
+  """Returns losses and accuracies of groups and, over sources, of tasks."""
+  by_name = collections.defaultdict(lambda: np.zeros((2, 3)))
+  for group, values in zip(mixture.groups, np.asarray(sums), strict=True):
+    by_name[group.name] += values
+    if group.source is not None:
+      by_name[group_name(group)] += values
+  result = {}
+  for name, values in by_name.items():
+    for kind, (nats, hits, tokens) in zip(("text", "image"), values):
+      # Delimiters and ends make a drawing's text; they say nothing.
+      drawing = name.split("/")[0] in tasks.DRAWING
+      if tokens and (kind == "image") == drawing:
+        result[f"{kind}_loss/{name}"] = float(nats / tokens)
+        result[f"{kind}_accuracy/{name}"] = float(hits / tokens)
+  return result
+
+
+def exact_answers(batch, hits: np.ndarray) -> np.ndarray:
+  """Says of every conversation whether all its answers' tokens were hit.
+
+  Args:
+    batch: Of `data.mixture`.
+    hits: float32[B, T], of `instruct_step.instruct_loss`.
+
+  Returns:
+    bool[n], one for each conversation of the batch.
+  """
+  exact = []
+  for b, segments in enumerate(np.asarray(batch["segment_ids"])):
+    missed = (batch["loss_mask"][b] > 0) & (hits[b] < 0.5)
+    for segment in range(1, segments.max() + 1):
+      exact.append(not missed[segments == segment].any())
+  return np.asarray(exact, bool)
+
+
+def run(config, workdir: pathlib.Path) -> None:
+  """Runs the stage.
+
+  Args:
+    config: Validated ConfigDict with `stage="instruct"`.
+    workdir: Run folder; a run that is there is resumed.
+  """
+  mesh = runner.prepare(config, workdir)
+  loaded = loading.load(config.init_from)
+  data = runner.load_data(
+    config,
+    with_text=True,
+    tokenizer_path=str(loaded.workdir / loading.TEXT_TOKENIZER),
+  )
+  codes = None
+  if config.data.codes is not None:
+    from unicode_jax.data import code_cache
+    codes = code_cache.open_codes(
+      config.data.codes,
+      data.image_sources,
+      loading.fingerprint(loaded.model, loaded.variables),
+    )
+  stage = InstructStage(config, data, loaded, codes)
+  runner.train_and_report(stage, config, workdir, mesh, CURVES)

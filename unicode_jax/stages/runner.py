@@ -1,0 +1,111 @@
+"""What every stage does around its training: checks, data, loop, report."""
+
+import dataclasses
+import pathlib
+
+import jax
+import numpy as np
+
+from unicode_jax import (
+  config as config_lib,
+  data as data_lib,
+  loading,
+  sharding,
+)
+from unicode_jax.stages import run_folder
+from unicode_jax.training import loop, report
+
+
+def load_data(
+  config, *, with_text: bool, tokenizer_path: str | None = None
+) -> data_lib.Data:
+  """Loads what a config names.
+
+  Args:
+    config: Resolved ConfigDict.
+    with_text: Whether the stage has an LLM.
+    tokenizer_path: Text tokenizer to use; None for the config's.
+
+  Returns:
+    Images, and texts with their tokenizer.
+
+  Raises:
+    ConfigError: If what the config names is not there or of no use.
+  """
+  images = {k: v for k, v in config.data.items() if k != "codes"}
+  text = None
+  if with_text:
+    text = data_lib.TextConfig(**config.text)
+    if tokenizer_path is not None:
+      text = dataclasses.replace(text, tokenizer_path=tokenizer_path)
+  return data_lib.load_data(
+    data_lib.DataConfig(**images), text, config.image_size
+  )
+
+
+def loop_config(config) -> loop.LoopConfig:
+  """Takes the loop's settings out of a config."""
+  return loop.LoopConfig(
+    seed=config.seed,
+    log_every=config.log_every,
+    eval_every=config.eval_every,
+    picture_every=config.picture_every,
+    checkpoint_every=config.checkpoint_every,
+    keep_checkpoints=config.keep_checkpoints,
+    record={"config": config_lib.flatten(config)},
+  )
+
+
+def prepare(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
+  """Checks devices and run folder, before anything expensive.
+
+  Args:
+    config: Validated ConfigDict.
+    workdir: Run folder.
+
+  Returns:
+    The mesh over all devices.
+
+  Raises:
+    ConfigError: If the devices or the folder do not fit the config.
+  """
+  config_lib.check_devices(config, jax.device_count())
+  run_folder.check(workdir, config)
+  return sharding.make_mesh(**config.mesh)
+
+
+def train_and_report(
+  stage: loop.Stage, config, workdir: pathlib.Path, mesh, curves
+) -> None:
+  """Trains a stage to its end and writes the report.
+
+  Args:
+    stage: What to train.
+    config: Resolved ConfigDict.
+    workdir: Run folder, checked.
+    mesh: Device mesh.
+    curves: Groups of curves for the report.
+  """
+  is_main = jax.process_index() == 0
+  if is_main:
+    run_folder.claim(workdir, config)
+    if stage.data.text_tokenizer is not None:
+      stage.data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
+  loop.train(stage, workdir, loop_config(config), mesh)
+  if is_main:
+    facts = {
+      "stage": config.stage,
+      "preset": config.preset or "default",
+      "paradigm": config.codebook.paradigm,
+      "quantizer": config.tokenizer.quantizer,
+      "codes per position": config.tokenizer.depth,
+      "codes": f"{int(np.sum(stage.valid))} of {len(stage.valid)} ids",
+      "steps": stage.total_steps,
+      "seed": config.seed,
+      "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+      "jax": jax.__version__,
+    }
+    path = report.write_report(
+      workdir, f"unicode_jax {config.stage}", facts, curves
+    )
+    print(f"report: {path}")
