@@ -19,6 +19,8 @@ REQUIRES = [
   "orbax-checkpoint>=0.12.8,<0.13",
   # Iterator states are stored in checkpoints, and grain is not at 1.0 yet.
   "grain>=0.2.18,<0.3",
+  # What grain reads; caches of codes are written with it. Not at 1.0 yet.
+  "array-record>=0.8.1,<0.9",
   # 5.x reorganised tokenizers and models; 5.17 is the oldest seen working.
   "transformers>=5.17,<6",
   # transformers allows one minor of tokenizers at a time.

@@ -13,6 +13,7 @@ import tempfile
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import pytest
 
 
 def pytest_configure(config):
@@ -20,3 +21,38 @@ def pytest_configure(config):
   config.add_cleanup(folder.cleanup)
   jax.config.update("jax_compilation_cache_dir", folder.name)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+@pytest.fixture(scope="session")
+def stage_one(tmp_path_factory):
+  """A tiny real run of stage I: (run folder, stage, final training state)."""
+  from configs import pretrain as pretrain_config
+  from unicode_jax import config as config_lib, loading, sharding
+  from unicode_jax.stages import pretrain, run_folder, runner
+  from unicode_jax.training import loop
+
+  config = config_lib.apply_overrides(
+    pretrain_config.get_config("debug"),
+    {
+      "num_steps": 4,
+      "checkpoint_every": 2,
+      "eval_every": 1000,
+      "picture_every": 1000,
+      "schedule.finetune_steps": 0,
+    },
+  )
+  workdir = tmp_path_factory.mktemp("stage_one")
+  data = runner.load_data(config, with_text=True)
+  stage = pretrain.PretrainStage(
+    config,
+    data,
+    loading.build_model(config),
+    loading.valid_codes(config, data.text_tokenizer),
+  )
+  # As `runner.train_and_report`, but for the report.
+  run_folder.claim(workdir, config)
+  data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
+  state = loop.train(
+    stage, workdir, runner.loop_config(config), sharding.make_mesh()
+  )
+  return workdir, stage, state

@@ -145,6 +145,51 @@ def test_frozen_stays_when_the_language_moves(embedding):
   assert codebook.drift(params, state, moved, VALID, config) > 0.01
 
 
+@pytest.mark.parametrize(
+  ("paradigm", "options"),
+  [
+    *((paradigm, {}) for paradigm in UNIFIED),
+    ("projected", {"l2_normalize": False}),
+    ("dual", {"update_rule": "ema"}),
+    ("language_driven", {"update_rule": "ema"}),
+  ],
+)
+def test_freezing_changes_no_id_then_or_later(embedding, paradigm, options):
+  """Stage II's codes are stage I's, bit for bit, while the LLM moves (H3)."""
+  params, state, config = build(embedding, paradigm, **options)
+  # As training leaves them: nothing is what it was at the start.
+  rng = np.random.default_rng(5)
+  params = {
+    name: value + rng.normal(size=value.shape).astype(np.float32)
+    for name, value in params.items()
+  }
+  state = state | {"gain": jnp.asarray([1.5, 0.5, 0.25])}
+  embedding = embedding + jnp.asarray(
+    rng.normal(size=embedding.shape), jnp.float32
+  )
+  before = codebook.codebook_table(params, state, embedding, VALID, config)
+
+  frozen = codebook.freeze(params, state, embedding, VALID, config)
+  rules = codebook.frozen_config(config)
+  assert rules == dataclasses.replace(
+    config, paradigm="frozen", update_rule="gradient"
+  )
+  assert frozen[0] == {}  # Nothing that an optimizer could move.
+  np.testing.assert_array_equal(frozen[1]["gain"], state["gain"])
+  for rows in (embedding, embedding * 3 + 1):
+    table = codebook.codebook_table(*frozen, rows, VALID, rules)
+    np.testing.assert_array_equal(table, before)
+  # The language is seen as it was before, fixed centre and all.
+  for rows in (embedding, embedding * 3 + 1):
+    np.testing.assert_array_equal(
+      codebook.language_view(*frozen, rows, VALID, rules),
+      codebook.language_view(params, state, rows, VALID, config),
+    )
+  # Freezing what is frozen does nothing.
+  again = codebook.freeze(*frozen, embedding * 3 + 1, VALID, rules)
+  jax.tree.map(np.testing.assert_array_equal, again, frozen)
+
+
 def test_drift_is_relative_and_of_valid_rows(embedding):
   params, state, config = build(embedding, "language_driven")
   table = params["table"].at[0].add(100.0)
@@ -216,6 +261,7 @@ def test_operations_are_bound_to_their_paradigm(embedding):
     codebook.load_from_language: {"dual"},
     codebook.write_back: {"dual"},
     codebook.snap: set(UNIFIED),
+    codebook.freeze: set(UNIFIED),
     codebook.drift: set(UNIFIED),
     codebook.language_table: set(UNIFIED),
   }

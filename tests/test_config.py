@@ -11,6 +11,8 @@ from unicode_jax.config import ConfigError, apply_overrides, default_config
 DEFAULTS = config_lib.flatten(default_config())
 HQ = {"tokenizer.quantizer": "hq", "tokenizer.depth": 5}
 PRIVATE = {"stage": "tokenizer", "codebook.paradigm": "private"}
+INSTRUCT = {"stage": "instruct", "init_from": "."}
+NO_TASKS = {key: 0 for key in DEFAULTS if key.startswith("instruct.tasks.")}
 
 
 def check(overrides):
@@ -32,6 +34,11 @@ def check(overrides):
     {"schedule.finetune_steps": 0, "optimizer.llm.warmup_steps": 0},
     {"codebook.sync_decay": 0},
     {"codebook.sync_decay": 1},
+    INSTRUCT,
+    INSTRUCT | {"instruct.segments": 16, "data.codes": "."},
+    INSTRUCT | HQ | {"instruct.vision": "projector"},
+    INSTRUCT | NO_TASKS | {"instruct.tasks.text": 1},
+    NO_TASKS,  # Read by stage II alone.
   ],
 )
 def test_possible(overrides):
@@ -71,8 +78,56 @@ def test_possible(overrides):
     ({"alarm.perplexity_floor": 5000}, ["5000", "2048", "lower"]),
     ({"mesh.data": 0}, ["mesh.data=0", "-1"]),
     ({"mesh.data": -2}, ["mesh.data=-2", "at least -1"]),
-    ({"data.source": "folder"}, ["folder", "data.path=DIR"]),
-    ({"data.path": "."}, ["data.path='.'", "data.source='folder'"]),
+    ({"data.source": "folder"}, ["'folder'", "folder of images", "data.path="]),
+    ({"data.source": "llava"}, ["'llava'", "data.path="]),
+    (
+      {"data.source": "llava", "data.path": "."},
+      ["'llava'", "data.conversations="],
+    ),
+    ({"data.source": "tfds"}, ["'tfds'", "data.tfds="]),
+    (
+      {"data.path": "."},
+      [
+        "data.path is set",
+        "source='embedded'",
+        "'folder' or 'llava' or 'tfds'",
+      ],
+    ),
+    (
+      {"data.conversations": __file__},
+      ["data.conversations is set", "data.source='llava'"],
+    ),
+    (
+      {"data.source": "folder", "data.path": ".", "data.tfds": "x"},
+      ["data.tfds is set", "source='folder'", "data.source='tfds'"],
+    ),
+    (
+      INSTRUCT | {"init_from": None},
+      ["'instruct'", "pretrain.py", "init_from"],
+    ),
+    (PRIVATE | {"init_from": "."}, ["init_from='.'", "'tokenizer'", "unset"]),
+    ({"data.codes": "."}, ["data.codes='.'", "'pretrain'", "unset"]),
+    (
+      INSTRUCT | {"data.codes": ".", "instruct.vision": "projector"},
+      ["data.codes='.'", "'projector'", "features", "unset"],
+    ),
+    (INSTRUCT | NO_TASKS, ["instruct.tasks", "all 0", "share"]),
+    (
+      INSTRUCT | {"instruct.segments": 17},
+      ["instruct.segments=17", "16 positions", "at most 16"],
+    ),
+    (
+      INSTRUCT | HQ | {"instruct.segments": 5},
+      ["instruct.segments=5", "4 positions", "at most 4"],
+    ),
+    (INSTRUCT | {"instruct.segments": 0}, ["segments=0", "at least 1"]),
+    (
+      INSTRUCT | {"instruct.condition_dropout": 1.1},
+      ["condition_dropout=1.1", "between 0 and 1"],
+    ),
+    (INSTRUCT | {"instruct.tasks.vqa": -0.1}, ["tasks.vqa=-0.1", "at least 0"]),
+    ({"instruct.vision": "unify"}, ["'unify'", "'separate'", "'projector'"]),
+    ({"instruct.template": "llama"}, ["'llama'", "'plain'", "'chatml'"]),
     (
       {"data.source": "folder", "data.path": "nowhere"},
       ["data.path='nowhere'", "not a folder"],
@@ -290,6 +345,159 @@ def test_split_overrides():
       config_lib.split_overrides(["main", "--config.seed", *tail])
 
 
+def start_run(folder, **overrides):
+  """Writes the config of a run to start from."""
+  folder.mkdir(exist_ok=True)
+  start = apply_overrides(default_config(), overrides)
+  (folder / "config.json").write_text(config_lib.to_json(start))
+  return str(folder)
+
+
+def stage_two(run, **overrides):
+  return apply_overrides(
+    default_config(), {"stage": "instruct", "init_from": run, **overrides}
+  )
+
+
+# One value in every section that comes from the start, unlike the default.
+STARTED = {
+  "image_size": 64,
+  "data.heldout_fraction": 0.2,
+  "text.tokenizer_path": "configs",
+  "text.vocab_size": 4096,
+  "text.heldout_fraction": 0.3,
+  "text.image_start": "<a>",
+  "text.image_end": "<b>",
+  "tokenizer.channel_multipliers": (1, 2, 2),
+  "tokenizer.loss.l1": 0.5,
+  "codebook.paradigm": "projected",
+  "codebook.code_dim": 24,
+  "llm.embed_dim": 64,
+  "llm.sliding_window": 7,
+  "llm.rope_scaling.factor": 2.0,
+}
+# And some that stage II decides for itself.
+OWN = {
+  "seed": 5,
+  "num_steps": 7,
+  "data.global_batch_size": 12,
+  "text.sequence_length": 99,
+  "optimizer.llm.learning_rate": 0.5,
+  "instruct.segments": 2,
+}
+
+
+def test_stage_two_takes_the_model_of_its_start(tmp_path):
+  run = start_run(tmp_path / "run", **STARTED, **OWN, preset="smollm2")
+  mine = {"text.sequence_length": 50, "instruct.vision": "separate"}
+  config = stage_two(run, **mine)
+  before = config_lib.flatten(config)
+  # What a preset says of the model is not what a user chose.
+  config = apply_overrides(config, {"llm.embed_dim": 999})
+  inherited = config_lib.inherit(config, tuple(mine))
+  assert config_lib.flatten(inherited) == before | STARTED
+  assert inherited.is_locked
+  config_lib.validate(inherited)
+  # Nothing changes the second time, nor the config that was given.
+  again = config_lib.inherit(inherited, tuple(mine))
+  assert config_lib.flatten(again) == config_lib.flatten(inherited)
+  assert config.llm.embed_dim == 999
+  # A run of stage II may be the start of another, to the same model.
+  (tmp_path / "two").mkdir()
+  path = tmp_path / "two" / "config.json"
+  path.write_text(config_lib.to_json(inherited))
+  third = config_lib.inherit(stage_two(str(path.parent)))
+  flat = config_lib.flatten(third)
+  assert {key: flat[key] for key in STARTED} == STARTED
+  assert third.instruct.vision == "unified" and third.seed == 0
+
+
+@pytest.mark.parametrize("key", ["image_size", "codebook.code_dim"])
+def test_the_model_of_the_start_cannot_be_chosen(tmp_path, key):
+  run = start_run(tmp_path, **STARTED)
+  with pytest.raises(ConfigError) as error:
+    config_lib.inherit(stage_two(run, **{key: 8}), (key,))
+  for fragment in (f"{key}=8", run, str(STARTED[key]), "leave it unset"):
+    assert fragment in str(error.value)
+  # Saying what it is anyway is no contradiction.
+  same = stage_two(run, **{key: STARTED[key]})
+  flat = config_lib.flatten(config_lib.inherit(same, (key,)))
+  assert {k: flat[k] for k in STARTED} == STARTED
+
+
+def test_what_only_costs_time_may_be_chosen(tmp_path):
+  run = start_run(tmp_path, **STARTED, **{"llm.remat_policy": "full"})
+  mine = {"llm.dtype": "bfloat16", "llm.attention_block": 64}
+  config = config_lib.inherit(stage_two(run, **mine), tuple(mine))
+  assert config.llm.dtype == "bfloat16" and config.llm.attention_block == 64
+  assert config.llm.remat_policy == "full"
+  assert set(config_lib._RUNTIME) <= set(DEFAULTS)
+  for key in {key for keys in config_lib.INHERITED.values() for key in keys}:
+    assert any(k == key or k.startswith(f"{key}.") for k in DEFAULTS), key
+
+
+@pytest.mark.parametrize(
+  ("stage", "start", "fragments"),
+  [
+    (INSTRUCT, PRIVATE, ["'tokenizer'", "'instruct'", "configs/pretrain.py"]),
+    ({}, {}, ["'pretrain'", "cannot start", "configs/tokenizer.py"]),
+    ({}, INSTRUCT, ["'instruct'", "'pretrain'", "configs/tokenizer.py"]),
+  ],
+)
+def test_starts_that_do_not_fit(tmp_path, stage, start, fragments):
+  """A start without an LLM, or with one that stage I would throw away."""
+  config = apply_overrides(
+    default_config(), stage | {"init_from": str(tmp_path)}
+  )
+  with pytest.raises(ConfigError, match=r"no config.json in it.*init_from=RUN"):
+    config_lib.inherit(config)
+  start_run(tmp_path, **start)
+  with pytest.raises(ConfigError) as error:
+    config_lib.inherit(config)
+  for fragment in (str(tmp_path), *fragments):
+    assert fragment in str(error.value)
+
+
+def test_stage_one_takes_the_tokenizer_alone(tmp_path):
+  private = {key: v for key, v in STARTED.items() if key != "codebook.paradigm"}
+  run = start_run(tmp_path, **PRIVATE, **private)
+  config = apply_overrides(default_config(), {"init_from": run})
+  inherited = config_lib.flatten(config_lib.inherit(config))
+  expected = {
+    key: STARTED[key]
+    for key in (
+      "image_size",
+      "data.heldout_fraction",
+      "tokenizer.channel_multipliers",
+      "tokenizer.loss.l1",
+      "codebook.code_dim",
+    )
+  }
+  assert inherited == DEFAULTS | expected | {"init_from": run}
+  # A start that has not been written yet, in a chain of stages.
+  start = config_lib.from_json(tmp_path / "config.json")
+  nowhere = apply_overrides(config, {"init_from": str(tmp_path / "no")})
+  later = config_lib.inherit(nowhere, (), start)
+  assert config_lib.flatten(later) == inherited | {
+    "init_from": str(tmp_path / "no")
+  }
+
+
+def test_without_a_start_nothing_is_inherited(tmp_path):
+  run = start_run(tmp_path, **STARTED)
+  for overrides in ({}, {"stage": "instruct"}, PRIVATE | {"init_from": run}):
+    config = apply_overrides(default_config(), overrides)
+    assert config_lib.inherit(config) is config
+
+
+@pytest.mark.parametrize(
+  ("overrides", "expected"),
+  [({}, 16), (HQ, 4), ({"image_size": 64, "tokenizer.stem_patch": 8}, 16)],
+)
+def test_positions_that_the_llm_reads(overrides, expected):
+  assert config_lib.positions(check(overrides)) == expected
+
+
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_devices_that_fit(devices):
   config_lib.check_devices(default_config(), devices)
@@ -305,6 +513,7 @@ def test_devices_that_fit(devices):
       4,
       ["data.global_batch_size=9", "such as 12"],
     ),
+    (INSTRUCT, 32, ["instruct.global_batch_size=16", "such as 32"]),
     ({"mesh.fsdp": 3}, 8, ["mesh.fsdp=3", "8 devices", "divides"]),
     ({"mesh.data": 2}, 8, ["mesh.data=2", "mesh.data=-1"]),
   ],

@@ -268,6 +268,25 @@ def test_samples_have_the_distribution(settings):
     assert surprise(settings[0] * 1.1) > 10
 
 
+def test_draws_are_independent(params):
+  """A model of zeros knows nothing: all ids, steps and rows are alike."""
+  blind = jax.tree.map(np.zeros_like, params)
+  how = sampling.SamplingConfig(max_new_tokens=12)
+  out = np.stack(
+    sampling.generate(
+      TINY, blind, draw_prompts([2] * 500), free_grammar(), how, KEY
+    )
+  )
+  share = 1 / TINY.vocab_size
+  for event in (
+    out[:, 1:] == out[:, :-1],
+    out[1:] == out[:-1],
+    *(out == id_ for id_ in range(TINY.vocab_size)),
+  ):
+    deviation = np.sqrt(share * (1 - share) / event.size)
+    assert abs(event.mean() - share) < 4.5 * deviation
+
+
 def test_sampling_edge_cases():
   """Extreme random numbers, one allowed id, ties."""
   weights = np.zeros((3, 5), np.float32)

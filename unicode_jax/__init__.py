@@ -14,7 +14,7 @@ Every module imports only from lower floors:
   3  models
   4  data, training, sampling
   5  loading
-  6  inference
+  6  inference, encoding
   7  stages, convert, evaluation
   8  main and the other commands
 

@@ -1036,7 +1036,8 @@ def _check_key(key: str) -> None:
       f"{key} is a section of the config: set one of " + ", ".join(inside)
     )
   leaf = key.rpartition(".")[2]
-  nearest = [name for name in keys if name.rpartition(".")[2] == leaf]
+  same_leaf = [name for name in keys if name.rpartition(".")[2] == leaf]
+  nearest = difflib.get_close_matches(key, same_leaf, n=3, cutoff=0.0)
   nearest += difflib.get_close_matches(key, keys, n=3)
   nearest = list(dict.fromkeys(nearest))[:3]
   raise ConfigError(

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import logging
 import os
+import pathlib
 import warnings
 
 import jax
@@ -28,8 +29,11 @@ from unicode_jax.models import llama as llama_lib
 from unicode_jax.training import instruct_step, pictures
 
 BATCH = 64  # Images or prompts at a time.
-# What drawing uses unless told otherwise.
+# What answering and drawing use unless told otherwise.
+ANSWER_SAMPLING = sampling_lib.SamplingConfig(temperature=0.0)
 DRAW_SAMPLING = sampling_lib.SamplingConfig(top_k=0, top_p=0.95, guidance=2.0)
+
+_NO_TURNS = sequences.Conversation(())
 
 
 class ResolutionWarning(UserWarning):
@@ -48,7 +52,7 @@ class Question:
 
   parts: sequences.Parts
   codes: np.ndarray | None = None
-  history: sequences.Conversation = sequences.Conversation(())
+  history: sequences.Conversation = _NO_TURNS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +60,8 @@ class Reply:
   """What the model said.
 
   Attributes:
-    parts: texts, and `ImageSpan(i)` for image i of `codes`.
+    parts: texts, and `ImageSpan(i)` for image i of `codes`; what a turn of
+      `Question.history` takes.
     codes: int32[n, P, D] of the images that it drew.
   """
 
@@ -69,9 +74,7 @@ class Reply:
     return "".join(p for p in self.parts if isinstance(p, str)).strip()
 
 
-def open_image(
-  file: str | os.PathLike[str], image_size: int
-) -> np.ndarray:
+def open_image(file: str | os.PathLike[str], image_size: int) -> np.ndarray:
   """Reads an image file of any size and mode, as training does.
 
   Args:
@@ -90,7 +93,12 @@ def open_image(
     with Image.open(file) as opened:
       size = opened.size
     image = sources.decode_image(file, image_size)
-  except (OSError, ValueError, SyntaxError) as error:
+  except (
+    OSError,
+    ValueError,
+    SyntaxError,
+    Image.DecompressionBombError,
+  ) as error:
     raise config_lib.ConfigError(
       f"cannot read the image {str(file)!r} ({error}): name a file that Pillow "
       "can open"
@@ -108,11 +116,62 @@ def open_image(
   return image
 
 
+def save_image(file: str | os.PathLike[str], image: np.ndarray) -> None:
+  """Writes a picture uint8[H, W, 3] as PNG, replacing a file atomically."""
+  file = pathlib.Path(file)
+  temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+  try:
+    Image.fromarray(image).save(temporary, format="PNG")
+    temporary.replace(file)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
 def load(
-  workdir: str | os.PathLike[str], step: int | None = None
+  workdir: str | os.PathLike[str],
+  step: int | None = None,
+  *,
+  draws: bool = False,
 ) -> "UniCodeModel":
-  """Loads a run (see `loading.load`), ready to use."""
+  """Loads a run, ready to use.
+
+  Args:
+    workdir: Run folder.
+    step: Which checkpoint; None for the newest.
+    draws: whether to refuse a run that cannot draw, before it is read.
+
+  Returns:
+    The model.
+
+  Raises:
+    ConfigError: as `loading.load`, or if the run cannot draw.
+  """
+  path = pathlib.Path(workdir).expanduser() / "config.json"
+  if draws and path.is_file():
+    _check_draws(config_lib.from_json(path), workdir)
   return UniCodeModel(loading.load(workdir, step))
+
+
+def _check_speaks(config, workdir) -> None:
+  """Raises ConfigError unless a run has an LLM."""
+  if config.stage == "tokenizer":
+    raise config_lib.ConfigError(
+      f"{workdir} is a visual tokenizer alone: it can encode and decode "
+      "images, but not answer or draw; name a run of "
+      "--config=configs/instruct.py"
+    )
+
+
+def _check_draws(config, workdir) -> None:
+  """Raises ConfigError unless a run's LLM reads and says codes."""
+  _check_speaks(config, workdir)
+  if config.stage == "instruct" and config.instruct.vision == "projector":
+    raise config_lib.ConfigError(
+      f"{workdir} was trained with instruct.vision='projector', which reads "
+      "features instead of codes: it cannot draw, and its held-out answers are "
+      "measured while it trains (eval/exact in metrics.jsonl); train with "
+      "'unified' or 'separate'"
+    )
 
 
 class UniCodeModel:
@@ -128,31 +187,26 @@ class UniCodeModel:
     self.loaded = loaded
     self.image_size = loaded.config.image_size
     self._model = loaded.model
-    self._llama = dataclasses.replace(loaded.model.llama, scan_layers=False) if (
-      loaded.model.llama
-    ) else None
+    self._llama = loaded.model.llama
+    if self._llama is not None:
+      self._llama = dataclasses.replace(self._llama, scan_layers=False)
 
   @functools.cached_property
   def _params(self):
     """The LLM's parameters, unrolled, which decodes faster."""
-    self._needs_llm()
     params = self.loaded.variables.params["llm"]
     return llama_lib.unstack_layers(params) if "layers" in params else params
 
-  def _needs_llm(self):
-    if self._llama is None:
-      raise config_lib.ConfigError(
-        f"{self.loaded.workdir} is a visual tokenizer alone: it can encode and "
-        "decode images, but not answer or draw; name a run of "
-        "--config=configs/instruct.py"
-      )
+  @functools.cached_property
+  def _depth_weights(self):
+    return self._model.depth_weights(self.loaded.variables)
 
   @functools.cached_property
   def _encode(self):
     return jax.jit(
-      lambda variables, images: self._model.encode(
-        variables, instruct_step.to_float(images)
-      ).codes
+      lambda variables, images: (
+        self._model.encode(variables, instruct_step.to_float(images)).codes
+      )
     )
 
   @functools.cached_property
@@ -216,6 +270,7 @@ class UniCodeModel:
       images: whether it may hold images.
     """
     loaded = self.loaded
+    _check_speaks(loaded.config, loaded.workdir)
     layout, tokenizer = loaded.layout, loaded.text_tokenizer
     valid = np.asarray(loaded.variables.valid)
     codes = np.zeros(self._llama.vocab_size, bool)
@@ -235,12 +290,9 @@ class UniCodeModel:
 
   def prompt(self, question: Question, draw: bool = False) -> np.ndarray:
     """Returns the ids int32[n, D] that the model reads before it answers."""
-    if question.codes is not None and self._model.vision == "projector":
-      raise config_lib.ConfigError(
-        "a model with instruct.vision='projector' reads features instead of "
-        "codes, which sampling does not: its held-out answers are measured "
-        "while it trains (eval/exact in metrics.jsonl)"
-      )
+    _check_speaks(self.loaded.config, self.loaded.workdir)
+    if question.codes is not None or draw:
+      _check_draws(self.loaded.config, self.loaded.workdir)
     return sequences.encode_prompt(
       question.history,
       question.parts,
@@ -253,9 +305,7 @@ class UniCodeModel:
   def answer(
     self,
     questions: Sequence[Question],
-    sampling: sampling_lib.SamplingConfig = sampling_lib.SamplingConfig(
-      temperature=0.0
-    ),
+    sampling: sampling_lib.SamplingConfig = ANSWER_SAMPLING,
     *,
     seed: int = 0,
     images: bool = True,
@@ -271,7 +321,7 @@ class UniCodeModel:
     Returns:
       One reply each.
     """
-    self._needs_llm()
+    _check_speaks(self.loaded.config, self.loaded.workdir)
     room = 2 + self._model.num_positions * self._model.depth
     if images and sampling.max_new_tokens < room + 1:
       sampling = dataclasses.replace(sampling, max_new_tokens=room + 1)
@@ -283,6 +333,7 @@ class UniCodeModel:
       sampling,
       jax.random.key(seed),
       batch_size=BATCH,
+      depth_weights=self._depth_weights,
     )
     return [self._reply(ids) for ids in answers]
 
@@ -320,13 +371,8 @@ class UniCodeModel:
     seed: int = 0,
   ) -> np.ndarray:
     """Answers questions by images: as `draw`, but returns int32[N, P, D]."""
-    self._needs_llm()
+    _check_draws(self.loaded.config, self.loaded.workdir)
     model = self._model
-    if model.vision == "projector":
-      raise config_lib.ConfigError(
-        f"{self.loaded.workdir} was trained with instruct.vision='projector', "
-        "which cannot draw: train with 'unified' or 'separate'"
-      )
     wanted = model.num_positions * model.depth
     prompts = [self.prompt(Question(q), draw=True) for q in questions]
     negatives = None
@@ -342,6 +388,7 @@ class UniCodeModel:
       jax.random.key(seed),
       negative_prompts=negatives,
       batch_size=BATCH,
+      depth_weights=self._depth_weights,
     )
     codes = np.stack([ids[:wanted] for ids in answers]) - model.codes_shift
     return codes.reshape(len(codes), model.num_positions, model.depth)
@@ -357,7 +404,10 @@ class UniCodeModel:
     while begin < len(ids):
       opened = np.flatnonzero(ids[begin:] == start)
       stop = begin + int(opened[0]) if len(opened) else len(ids)
-      if text := tokenizer.decode(ids[begin:stop]):
+      text = tokenizer.decode(ids[begin:stop])
+      if begin == 0:  # The layout puts it in front of any answer.
+        text = text.removeprefix(layout.template.prefix)
+      if text:
         parts.append(text)
       if stop == len(ids):
         break

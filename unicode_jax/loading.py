@@ -1,8 +1,8 @@
 """From a config or a run folder to a model: the one loader.
 
 `build_model` makes the architecture that a config describes, for every stage.
-`load` reads a run's newest checkpoint, of stage I or II, with all that is needed
-to use it: the commands and the Python API (`unicode_jax.load`) start here.
+`load` reads a run's newest checkpoint, of stage I or II, with all that is
+needed to use it: the commands and `unicode_jax.load` start here.
 Nothing is trained here, and optimizer states are not read.
 """
 
@@ -171,7 +171,7 @@ def load(
     jax.random.key(0),
     jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
   )
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
   )

@@ -389,6 +389,7 @@ def _decode(
   indices: jax.Array,
   key: jax.Array,
   grammar: Grammar,
+  depth_weights: jax.Array | None,
 ) -> jax.Array:
   """Continues one batch of prompts.
 
@@ -404,6 +405,7 @@ def _decode(
     indices: int32[B], the prompts' numbers, for their random numbers.
     key: PRNG key.
     grammar: see `Grammar`.
+    depth_weights: float32[D] of `llama.embed`, or None.
 
   Returns:
     int32[B, max_new_tokens], -1 behind the answers.
@@ -414,7 +416,7 @@ def _decode(
   kernel_EK = llama.head_kernel(params, config).astype(config.dtype)
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, indices)
 
-  def run(token_ids, positions, segment_ids, cache):
+  def run(token_ids, positions, segment_ids, cache, weights=None):
     """Appends to the cache; returns the guided logits after the last id."""
     hidden_BTE, cache = model.apply(
       {"params": params},
@@ -423,6 +425,7 @@ def _decode(
       segment_ids,
       cache,
       return_hidden=True,
+      depth_weights=weights,
     )
     logits = jnp.dot(
       hidden_BTE[:, -1], kernel_EK, preferred_element_type=jnp.float32
@@ -437,6 +440,7 @@ def _decode(
     jnp.maximum(positions, 0),
     (positions >= 0).astype(jnp.int32),
     llama.init_cache(config, rows, P),
+    depth_weights,
   )
   # The last new id is never read, hence one slot less.
   cache = jax.tree.map(
@@ -547,6 +551,7 @@ def generate(
   *,
   negative_prompts: Sequence[np.ndarray] | None = None,
   batch_size: int | None = None,
+  depth_weights: jax.Array | None = None,
 ) -> list[np.ndarray]:
   """Answers prompts.
 
@@ -567,6 +572,8 @@ def generate(
     negative_prompts: what guidance leads away from, one per prompt; needed if,
       and only if, guidance is not 1. The chosen ids follow both.
     batch_size: rows at a time (twice as many with guidance); None for all.
+    depth_weights: float32[D], of the rows that a position of a prompt sums, the
+      first of them 1; None for 1 each.
 
   Returns:
     Each prompt's new ids int32[m], image delimiters included, without the stop
@@ -626,6 +633,11 @@ def generate(
   params = jax.tree.map(jnp.asarray, params)
   both = prompts + negatives
   depth = max(ids.shape[1] for ids in both)
+  if depth_weights is not None and depth_weights.shape != (depth,):
+    raise config_lib.ConfigError(
+      f"depth_weights have shape {depth_weights.shape}, the prompts {depth} ids "
+      "a position: give one weight for each"
+    )
   longest = [
     max(len(both[j]) for j in range(i, len(both), len(prompts)))
     for i in range(len(prompts))
@@ -649,6 +661,7 @@ def generate(
       np.array(filled, np.int32),
       key,
       grammar,
+      depth_weights,
     )
     for i, row in zip(members, np.asarray(out)):
       answers[i] = row[row >= 0]

@@ -20,7 +20,7 @@ def make_source(name, count, pixels="x"):
     {"name": f"{name}{i}", "row": i, "digest": f"{pixels}{i}"}
     for i in range(count)
   )
-  annotations = (sources_lib.NO_ANNOTATION,) * count
+  annotations = (sources_lib.Annotation(),) * count
   return sources_lib.ImageSource(name, "unused.npy", items, annotations)
 
 
@@ -36,10 +36,8 @@ def codes_of(source, i):
 def write(writer, shards):
   for shard in shards:
     codes = [codes_of(shard.source, i) for i in range(shard.start, shard.stop)]
-    # Batches end where they like.
-    writer.write(
-      shard, [np.stack(part) for part in (codes[:1], codes[1:]) if part]
-    )
+    batches = codes[:1], codes[1:]  # They end where they like.
+    writer.write(shard, [np.stack(batch) for batch in batches if batch])
 
 
 def make_writer(folder, sources=SOURCES, facts=FACTS, images_per_shard=2):
@@ -156,7 +154,7 @@ def test_another_tokenizer_is_refused(folder):
     ([make_source("birds", 7, "y"), SOURCES[1]], "7 images of birds .*wanted"),
     (
       [make_source("dogs", 7), SOURCES[1]],
-      "3 images of cats.*7 images of dogs",
+      "cats.*7 images of dogs",
     ),
   ],
 )
@@ -187,7 +185,7 @@ def test_mirror_images_that_are_not_there_are_refused(tmp_path):
   code_cache.open_codes(tmp_path, SOURCES, MADE_BY, flip=False)
   with pytest.raises(config_lib.ConfigError, match=r"config\.data\.flip"):
     code_cache.open_codes(tmp_path, SOURCES, MADE_BY, flip=True)
-  with pytest.raises(config_lib.ConfigError, match="views=1.* have 2"):
+  with pytest.raises(config_lib.ConfigError, match=r"views=1.* have 2"):
     make_writer(tmp_path)
 
 
@@ -270,6 +268,8 @@ def test_processes_share_the_work(tmp_path):
 def test_a_folder_of_other_things_is_left_alone(tmp_path):
   with pytest.raises(config_lib.ConfigError, match=r"no codes \(no manifest"):
     code_cache.open_codes(tmp_path, SOURCES, MADE_BY)
+  (tmp_path / "unfinished.tmp").write_text("{")  # Killed at once: no harm.
+  make_writer(tmp_path)
   (tmp_path / "letter.txt").write_text("")
   with pytest.raises(config_lib.ConfigError, match="not codes"):
     make_writer(tmp_path)

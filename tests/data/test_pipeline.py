@@ -204,6 +204,7 @@ def test_text_batches_have_the_promised_form(word_tokenizer):
     "token_ids": ("int32", (4, 20, 1)),
     "labels": ("int32", (4, 20)),
     "loss_mask": ("float32", (4, 20)),
+    "image_mask": ("bool", (4, 20)),
     "positions": ("int32", (4, 20)),
     "segment_ids": ("int32", (4, 20)),
   }

@@ -47,8 +47,10 @@ def test():
 
 @pytest.fixture(scope="module")
 def trained(train):
-  """A short training: 600 steps on all pictures reach 99 %."""
-  return judge.train_judge(*train, steps=150)
+  """A short training: 600 steps of 64 on all pictures reach 99 %."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(judge, "_BATCH", 24)
+    return judge.train_judge(*train, steps=250)
 
 
 def test_judge_learns_colors_first(trained, test):
@@ -58,8 +60,8 @@ def test_judge_learns_colors_first(trained, test):
   assert result.count == 256
   color, shape = result.per_attribute
   assert color > 0.9, result
-  assert shape > 0.5, result  # 1/3 by chance
-  assert result.all_right > 0.45, result
+  assert shape > 0.6, result  # 1/3 by chance
+  assert result.all_right > 0.6, result
 
 
 def test_verdicts_are_the_likeliest_values(trained, test):

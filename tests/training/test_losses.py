@@ -55,6 +55,43 @@ def test_value_and_gradients_against_float64(chunk):
   assert plain == pytest.approx(loss, rel=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [1, 6, 12, 1000])
+def test_every_position_by_itself(chunk):
+  """nll and hits are per position, in place, and whatever the mask says."""
+  hidden, kernel, labels, mask = make(2)
+  logits = torch.tensor(hidden).double() @ torch.tensor(kernel).double()
+  labels[1, 2] = int(logits[1, 2].argmax())  # At least one hit.
+  want = torch.nn.functional.cross_entropy(
+    logits.reshape(-1, K),
+    torch.tensor(labels).long().reshape(-1),
+    reduction="none",
+  ).reshape(B, T)
+  hits = logits.argmax(-1).numpy() == labels
+  assert 0 < hits.sum() < hits.size
+  weights = mask * np.linspace(0.25, 2.0, T, dtype=np.float32)
+  for weight in (mask, 0 * mask, weights):
+    (loss, metrics), _ = value_and_grad(hidden, kernel, labels, weight, chunk)
+    np.testing.assert_allclose(metrics["nll"], want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(metrics["hits"], hits)
+    assert metrics["nll"].dtype == metrics["hits"].dtype == jnp.float32
+    total = max(weight.sum(), 1e-9)
+    assert loss == pytest.approx(
+      (weight * want.numpy()).sum() / total, rel=1e-5
+    )
+    assert metrics["correct"] == pytest.approx((weight * hits).sum(), rel=1e-6)
+  plain = losses.next_token_loss(hidden, kernel, labels, mask, chunk)[1]
+  np.testing.assert_allclose(plain["nll"], want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_array_equal(plain["hits"], hits)
+
+
+def test_a_tie_is_a_hit():
+  hidden = np.ones((1, 3, 1), np.float32)
+  kernel = np.array([[2.0, 2.0, 1.0]], np.float32)
+  labels = np.array([[0, 1, 2]], np.int32)
+  _, metrics = losses.next_token_loss(hidden, kernel, labels, np.ones((1, 3)))
+  assert metrics["hits"].tolist() == [[1, 1, 0]]
+
+
 def test_against_torch():
   hidden, kernel, labels, mask = make(1)
   h, w = (torch.tensor(x, requires_grad=True) for x in (hidden, kernel))

@@ -177,7 +177,11 @@ class CodeWriter:
         return
     if self.folder.exists() and not self.folder.is_dir():
       raise config_lib.ConfigError(f"{self.folder} is a file: choose another")
-    if self.folder.is_dir() and any(self.folder.iterdir()):
+    found = self.folder.iterdir() if self.folder.is_dir() else ()
+    # An interruption, or another process, may be about to write the plan.
+    if any(
+      path.name != _begun(self.folder / _UNFINISHED).name for path in found
+    ):
       raise config_lib.ConfigError(
         f"{self.folder} holds files that are not codes: choose a new folder"
       )
@@ -474,6 +478,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
   """Writes a file that is whole as soon as it is there."""
-  temporary = path.with_suffix(".tmp")
+  temporary = _begun(path)
   temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
   temporary.replace(path)
+
+
+def _begun(path: Path) -> Path:
+  """Returns the name of a file while it is being written."""
+  return path.with_suffix(".tmp")

@@ -229,7 +229,8 @@ def text_iterator(
 
   Returns:
     An iterator of batches of `sequences.pack_row`: token_ids int32[b, T, 1],
-    labels, positions and segment_ids int32[b, T], loss_mask float32[b, T].
+    labels, positions and segment_ids int32[b, T], loss_mask float32[b, T],
+    image_mask bool[b, T].
     Resumes exactly, as `image_iterator` does.
 
   Raises:

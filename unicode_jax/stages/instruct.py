@@ -22,9 +22,10 @@ from unicode_jax import (
   codebook as codebook_lib,
   config as config_lib,
   data as data_lib,
+  encoding,
   loading,
 )
-from unicode_jax.data import mixture as mixture_lib, tasks
+from unicode_jax.data import code_cache, mixture as mixture_lib, tasks
 from unicode_jax.models import unicode as unicode_lib
 from unicode_jax.stages import runner
 from unicode_jax.training import (
@@ -389,12 +390,22 @@ def run(config, workdir: pathlib.Path) -> None:
     tokenizer_path=str(loaded.workdir / loading.TEXT_TOKENIZER),
   )
   codes = None
-  if config.data.codes is not None:
-    from unicode_jax.data import code_cache
+  folder = config.data.codes
+  if folder == "auto":
+    folder = workdir / "codes"
+    encoding.encode_sources(
+      loaded,
+      data.image_sources,
+      folder,
+      flip=config.data.flip,
+      batch_size=config.data.global_batch_size,
+    )
+  if folder is not None:
     codes = code_cache.open_codes(
-      config.data.codes,
+      folder,
       data.image_sources,
       loading.fingerprint(loaded.model, loaded.variables),
+      flip=config.data.flip,
     )
   stage = InstructStage(config, data, loaded, codes)
   runner.train_and_report(stage, config, workdir, mesh, CURVES)

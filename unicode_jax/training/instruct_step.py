@@ -2,8 +2,8 @@
 
 METHOD section 4. The rows of a batch hold slots where codes belong (`data`); a
 step fills them with the codes of the batch's images, which come from the frozen
-tokenizer or from a cache, and trains the LLM on what is left: plain sequences of
-ids. The baselines of METHOD section 5 differ in what fills the slots.
+tokenizer or from a cache, and trains the LLM on what is left: plain sequences
+of ids. The baselines of METHOD section 5 differ in what fills the slots.
 """
 
 from collections.abc import Callable, Mapping

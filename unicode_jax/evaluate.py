@@ -1,0 +1,118 @@
+r"""Evaluates a trained run: reconstruction, drawing, answers, language.
+
+  python -m unicode_jax.evaluate --workdir=runs/mine
+
+Some suites only, on fewer pictures (suites: reconstruction, generation, vqa,
+pope, caption, text, decompression, pictures):
+  python -m unicode_jax.evaluate --workdir=runs/mine --suites=vqa,pope \
+    --max_images=100
+
+Other data than the run's, of the same size (unicode_jax/config.py):
+  python -m unicode_jax.evaluate --workdir=runs/mine \
+    --config.data.source=folder --config.data.path=DIR
+
+Writes results.json and report.md to RUN/evaluation, or to --out.
+"""
+
+from collections.abc import Mapping, Sequence
+import functools
+import pathlib
+import sys
+
+from absl import app, flags, logging
+
+from unicode_jax import config as config_lib
+from unicode_jax.evaluation import report
+
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Run folder, of any stage.", required=True
+)
+_SUITES = flags.DEFINE_string(
+  "suites", "all", "Suites to run, separated by commas; or all."
+)
+_OUT = flags.DEFINE_string(
+  "out", None, "Folder for the results; by default WORKDIR/evaluation."
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "Checkpoint to evaluate; by default the newest."
+)
+_MAX_IMAGES = flags.DEFINE_integer(
+  "max_images",
+  None,
+  "Pictures of each held-out set, and drawings of each kind, at most; by "
+  "default all, and some hundred drawings.",
+)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of what is drawn at random.")
+_GUIDANCE = flags.DEFINE_float(
+  "guidance",
+  None,
+  "Classifier-free guidance of drawings; 1 is off, unset takes the default.",
+)
+_FEATURES = flags.DEFINE_string(
+  "features",
+  "pixels",
+  "Networks that tell sets of pictures apart, separated by commas: pixels, "
+  "efficientnet-lite0, clip:FOLDER. All but pixels are slow on a CPU.",
+)
+
+
+def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
+  """Loads a run and its data, and evaluates it.
+
+  Args:
+    argv: What is left of the command line after flags: the program's name.
+    overrides: Values of --config.KEY=VALUE; only data.* may be set.
+
+  Returns:
+    The exit status.
+
+  Raises:
+    ConfigError: If the run, the data or a flag is of no use.
+  """
+  if len(argv) > 1:
+    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
+  names = report.parse_suites(_SUITES.value)
+  workdir = pathlib.Path(_WORKDIR.value)
+  if not (workdir / "config.json").is_file():
+    raise config_lib.ConfigError(
+      f"{workdir} holds no run (no config.json in it): name the --workdir of a "
+      "run of unicode_jax.main"
+    )
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)
+  # JAX takes seconds to import.
+  from unicode_jax import inference  # pylint: disable=g-import-not-at-top
+  from unicode_jax.evaluation import suites  # pylint: disable=g-import-not-at-top
+
+  settings = suites.Settings(
+    suites=names,
+    max_images=_MAX_IMAGES.value,
+    seed=_SEED.value,
+    guidance=_GUIDANCE.value,
+    features=tuple(_FEATURES.value.split(",")),
+  )
+  model = inference.load(workdir, _STEP.value)
+  data = suites.load_data(model.loaded, overrides)
+  out = pathlib.Path(_OUT.value) if _OUT.value else workdir / "evaluation"
+  suites.evaluate(
+    model, data, settings, out, say=functools.partial(print, flush=True)
+  )
+  print(f"report: {out / report.REPORT}")
+  return 0
+
+
+def run() -> None:
+  """Runs the command; an error of the user's is one line and exit status 2."""
+  try:
+    argv, overrides = config_lib.split_overrides(sys.argv)
+    app.run(functools.partial(main, overrides=overrides), argv=argv)
+  except config_lib.ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("interrupted: suites that were done are kept", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  run()
