@@ -21,6 +21,7 @@ There, use --threads=1 --cpu-time, which counts the process's CPU time.
 
 import argparse
 import collections
+import dataclasses
 import math
 import os
 import time

@@ -25,7 +25,10 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="session")
 def stage_one(tmp_path_factory):
-  """A tiny real run of stage I: (run folder, stage, final training state)."""
+  """A tiny run of stage I, one cycle long: (run folder, stage, state).
+
+  It stops before the snap, so that codebook and token table differ.
+  """
   from configs import pretrain as pretrain_config
   from unicode_jax import config as config_lib, loading, sharding
   from unicode_jax.stages import pretrain, run_folder, runner
@@ -34,11 +37,9 @@ def stage_one(tmp_path_factory):
   config = config_lib.apply_overrides(
     pretrain_config.get_config("debug"),
     {
-      "num_steps": 4,
       "checkpoint_every": 2,
       "eval_every": 1000,
       "picture_every": 1000,
-      "schedule.finetune_steps": 0,
     },
   )
   workdir = tmp_path_factory.mktemp("stage_one")
@@ -49,10 +50,14 @@ def stage_one(tmp_path_factory):
     loading.build_model(config),
     loading.valid_codes(config, data.text_tokenizer),
   )
-  # As `runner.train_and_report`, but for the report.
+  # As `runner.train_and_report`, without what ends a run.
   run_folder.claim(workdir, config)
   data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
   state = loop.train(
-    stage, workdir, runner.loop_config(config), sharding.make_mesh()
+    stage,
+    workdir,
+    runner.loop_config(config),
+    sharding.make_mesh(),
+    until_step=4,
   )
   return workdir, stage, state

@@ -1,5 +1,6 @@
 """A run that is loaded is the run that was trained."""
 
+import functools
 import shutil
 
 import chex
@@ -7,9 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-import unicode_jax
 from unicode_jax import config as config_lib, loading
 from unicode_jax.data import pipeline
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def reconstruct(model, variables, images):
+  codes = model.encode(variables, images).codes
+  return codes, model.decode(variables, codes)
 
 
 def test_a_loaded_run_is_the_one_that_was_trained(stage_one):
@@ -25,24 +31,14 @@ def test_a_loaded_run_is_the_one_that_was_trained(stage_one):
   )
   # And so reconstructs the same, bit for bit.
   images = pipeline.to_float(stage.data.heldout_images["openmoji_heldout"][:8])
-  codes = [
-    np.asarray(model.encode(variables, images).codes)
-    for model, variables in (
-      (stage.model, state.variables),
-      (loaded.model, loaded.variables),
-    )
-  ]
-  np.testing.assert_array_equal(*codes)
-  assert len(np.unique(codes[0])) > 1
-  np.testing.assert_array_equal(
-    stage.model.decode(state.variables, codes[0]),
-    loaded.model.decode(loaded.variables, codes[0]),
-  )
+  before = reconstruct(stage.model, state.variables, images)
+  after = reconstruct(loaded.model, loaded.variables, images)
+  jax.tree.map(np.testing.assert_array_equal, after, before)
+  assert len(np.unique(before[0])) > 1
   text = "User: Hello, </s> Ünïcode!\n"
   assert loaded.text_tokenizer.encode(text) == (
     stage.data.text_tokenizer.encode(text)
   )
-  assert unicode_jax.load is loading.load
 
 
 def test_an_earlier_step_and_text_for_a_path(stage_one):

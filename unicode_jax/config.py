@@ -250,8 +250,8 @@ def default_config() -> ConfigDict:
   instruct.segments = 4
   # Questions about one image in a conversation, at most.
   instruct.questions_per_image = 3
-  # Share of the images to draw whose condition is dropped, which classifier-free
-  # guidance needs.
+  # Share of the images to draw whose condition is dropped, which
+  # classifier-free guidance needs.
   instruct.condition_dropout = 0.1
   # Weight of a code of a drawn image in the loss, beside 1 for a word.
   instruct.image_loss_weight = 0.25
@@ -543,12 +543,13 @@ _IMPOSSIBLE = (
   ),
   (
     lambda c: c.stage not in INHERITED and c.init_from is not None,
-    "init_from={c.init_from!r} is not read by stage {c.stage!r}: leave it unset",
+    "init_from={c.init_from!r} is not read by stage {c.stage!r}: leave it "
+    "unset",
   ),
   (
     lambda c: c.stage != "instruct" and c.data.codes is not None,
-    "data.codes={c.data.codes!r} is not read by stage {c.stage!r}, which trains "
-    "the tokenizer: leave it unset",
+    "data.codes={c.data.codes!r} is not read by stage {c.stage!r}, which "
+    "trains the tokenizer: leave it unset",
   ),
   (
     lambda c: c.instruct.vision == "projector" and c.data.codes is not None,

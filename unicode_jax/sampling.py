@@ -635,8 +635,8 @@ def generate(
   depth = max(ids.shape[1] for ids in both)
   if depth_weights is not None and depth_weights.shape != (depth,):
     raise config_lib.ConfigError(
-      f"depth_weights have shape {depth_weights.shape}, the prompts {depth} ids "
-      "a position: give one weight for each"
+      f"depth_weights have shape {depth_weights.shape}, the prompts {depth} "
+      "ids a position: give one weight for each"
     )
   longest = [
     max(len(both[j]) for j in range(i, len(both), len(prompts)))

@@ -9,22 +9,37 @@ from unicode_jax import config as config_lib
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 PRESETS = tuple(runpy.run_path(str(CONFIGS / "pretrain.py"))["PRESETS"])
-SHIPPED = [
-  (path, preset) for path in sorted(CONFIGS.glob("*.py")) for preset in PRESETS
-]
+FILES = {
+  path: runpy.run_path(str(path)) for path in sorted(CONFIGS.glob("*.py"))
+}
+SHIPPED, CHAINS = (
+  [
+    (path, preset)
+    for path, names in FILES.items()
+    if ("get_chain" in names) == is_chain
+    for preset in names.get("PRESETS", PRESETS)
+  ]
+  for is_chain in (False, True)
+)
 
 
 def load(path, preset):
   return config_lib.load(f"{path}:{preset}")
 
 
-@pytest.mark.parametrize(("path", "preset"), SHIPPED)
+def is_shown(case):
+  return case.stem if isinstance(case, pathlib.Path) else case or "default"
+
+
+@pytest.mark.parametrize(("path", "preset"), SHIPPED, ids=is_shown)
 def test_preset_validates(path, preset):
   config = load(path, preset)
   # What only the user can name.
   named = {}
-  if config.data.source == "folder":
+  if config.data.source in ("folder", "llava"):
     named["data.path"] = str(CONFIGS)
+  if config.data.source == "llava":
+    named["data.conversations"] = str(path)
   if config.text.vocab_size > config_lib.MAX_TRAINED_VOCAB:
     named["text.tokenizer_path"] = str(CONFIGS)
   if named and path.stem == "pretrain":
@@ -35,7 +50,26 @@ def test_preset_validates(path, preset):
   assert config.stage == path.stem
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.py")))
+@pytest.mark.parametrize(("path", "preset"), CHAINS, ids=is_shown)
+def test_chain_validates(path, preset):
+  links = config_lib.load_links(f"{path}:{preset}")
+  resolved = config_lib.resolve_links(links, {}, "runs/x")
+  assert [config.stage for config in resolved.values()] == [
+    "tokenizer",
+    "pretrain",
+    "instruct",
+  ]
+  assert {config.preset for config in resolved.values()} == {preset}
+  first, second, third = resolved.values()
+  assert first.init_from is None
+  assert second.init_from == f"runs/x/{list(links)[0]}"
+  assert third.init_from == f"runs/x/{list(links)[1]}"
+  # One model all along.
+  assert first.tokenizer == second.tokenizer == third.tokenizer
+  assert second.codebook == third.codebook and second.llm == third.llm
+
+
+@pytest.mark.parametrize("path", FILES, ids=is_shown)
 def test_file_states_its_provenance(path):
   text = path.read_text(encoding="utf-8")
   for word in ("arXiv", f"--config=configs/{path.name}", "hardware", "time"):

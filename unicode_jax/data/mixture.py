@@ -126,8 +126,8 @@ class TaskRows:
       sum(self.examples[i].item is not None for i in row) for row in self.rows
     )
     logging.info(
-      "%s%s: %d examples in %d rows of %d, %.0f%% full; %d too long, %d of them "
-      "left out",
+      "%s%s: %d examples in %d rows of %d, %.0f%% full; %d too long, %d of "
+      "them left out",
       name,
       f" of {source.name}" if source else "",
       len(self.examples),
@@ -365,8 +365,8 @@ def mixture_iterator(
     num_workers: as in `pipeline.image_iterator`.
 
   Returns:
-    An iterator of batches of `Mixture.row`'s arrays with a leading axis. Resumes
-    exactly, as `pipeline.image_iterator` does.
+    An iterator of batches of `Mixture.row`'s arrays with a leading axis.
+    Resumes exactly, as `pipeline.image_iterator` does.
 
   Raises:
     ConfigError: the batch does not divide.

@@ -1,4 +1,4 @@
-r"""Conversations as token sequences: templates, loss mask, image spans, packing.
+r"""Conversations as token sequences: templates, loss mask, images, packing.
 
 METHOD section 4's stacked ids: a position holds up to D ids, -1 where there are
 fewer. Text takes one id a position. An image of P grid positions takes P

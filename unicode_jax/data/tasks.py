@@ -18,6 +18,7 @@ Python: no pixels, no codes, no batches.
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -135,7 +136,7 @@ def decompression_spans(
   borders = np.linspace(0, positions, segments + 1).round().astype(int)
   return [
     sequences.ImageSpan(0, int(start), int(stop))
-    for start, stop in zip(borders[:-1], borders[1:], strict=True)
+    for start, stop in itertools.pairwise(borders)
   ]
 
 

@@ -36,13 +36,17 @@ _Key = tuple[Any, Any, Any]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _score(config, params, token_ids, labels, mask):
+def _score(model, variables, token_ids, labels, mask):
   """Returns nats and hits of the next tokens, float32[B, T] each."""
-  hidden, _ = llama_lib.Llama(config).apply(
-    {"params": params}, token_ids, return_hidden=True
+  params = variables.params["llm"]
+  hidden, _ = llama_lib.Llama(model.llama).apply(
+    {"params": params},
+    token_ids,
+    return_hidden=True,
+    depth_weights=model.depth_weights(variables),
   )
   _, aux = losses_lib.next_token_loss(
-    hidden, llama_lib.head_kernel(params, config), labels, mask
+    hidden, llama_lib.head_kernel(params, model.llama), labels, mask
   )
   return aux["nll"], aux["hits"]
 
@@ -237,8 +241,8 @@ class Requests:
         labels[row, n - 1 : n + m - 1] = answer
         mask[row, n - 1 : n + m - 1] = 1
       nats, hits = _score(
-        loaded.model.llama,
-        loaded.variables.params["llm"],
+        loaded.model,
+        loaded.variables,
         token_ids,
         labels,
         mask,

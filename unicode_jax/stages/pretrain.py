@@ -62,7 +62,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     return {name: params[name] for name in ("encoder", "decoder")}
 
   def init(self, key, start=None):
-    """Draws the initial state, around a trained encoder and decoder if given."""
+    """Draws the initial state, around a trained tokenizer if there is one."""
     state = super().init(key)
     return state if start is None else self._replace(state, **start)
 
