@@ -6,14 +6,20 @@ this run's own, serves them all; and the compiler need not optimize. To test the
 programs as they ship, in twice the time: `XLA_FLAGS= python -m pytest`.
 """
 
+import dataclasses
 import os
+import pathlib
 import tempfile
+from typing import Any, NamedTuple
 
 # Read when the first device is used.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
+
+# Of each source, for the tiny run of stage II.
+IMAGES = 120
 
 
 def pytest_configure(config):
@@ -61,3 +67,67 @@ def stage_one(tmp_path_factory):
     until_step=4,
   )
   return workdir, stage, state
+
+
+class TinyRun(NamedTuple):
+  """A run of stage II, and what it was made of.
+
+  Attributes:
+    pretrain: run folder of stage I.
+    stage_one: its stage and state.
+    instruct: run folder of stage II.
+    data: what it was trained and evaluated on: few images.
+    model: `inference.UniCodeModel` of its last step, 8; there is a checkpoint
+      of step 4 too.
+  """
+
+  pretrain: pathlib.Path
+  stage_one: tuple[Any, Any]
+  instruct: pathlib.Path
+  data: Any
+  model: Any
+
+
+@pytest.fixture(scope="session")
+def tiny_run(stage_one, tmp_path_factory):
+  """A tiny run of stage II on few images: a `TinyRun`."""
+  from configs import instruct as instruct_config
+  from unicode_jax import config as config_lib, inference, loading, sharding
+  from unicode_jax.stages import instruct, run_folder, runner
+  from unicode_jax.training import loop
+
+  pretrain, *stage_and_state = stage_one
+  workdir = tmp_path_factory.mktemp("stage_two")
+  config = config_lib.apply_overrides(
+    instruct_config.get_config("debug"), {"init_from": str(pretrain)}
+  )
+  config = config_lib.validate(config_lib.inherit(config))
+  data = runner.load_data(
+    config,
+    with_text=True,
+    tokenizer_path=str(pretrain / loading.TEXT_TOKENIZER),
+  )
+
+  def few(sources):
+    return tuple(
+      dataclasses.replace(
+        source,
+        items=source.items[:IMAGES],
+        annotations=source.annotations[:IMAGES],
+      )
+      for source in sources
+    )
+
+  data = dataclasses.replace(
+    data,
+    image_sources=(data.image_sources[0], few(data.image_sources)[1]),
+    heldout_sources=few(data.heldout_sources),
+    heldout_images={k: v[:IMAGES] for k, v in data.heldout_images.items()},
+  )
+  stage = instruct.InstructStage(config, data, loading.load(pretrain))
+  run_folder.claim(workdir, config)
+  data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
+  loop.train(stage, workdir, runner.loop_config(config), sharding.make_mesh())
+  return TinyRun(
+    pretrain, tuple(stage_and_state), workdir, data, inference.load(workdir)
+  )

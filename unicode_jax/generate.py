@@ -16,6 +16,7 @@ tasks; measuring such pictures is another command's work.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -244,7 +245,7 @@ def sheet(images, titles: Sequence[str]):
       for end in itertools.count()
       if _text_width(short := _shortened(title, end)) + 2 * _GAP <= total
     )
-    pen.text((_GAP, r * step + 1), shown, fill="black")
+    pen.text((_GAP, r * step + 1), shown, fill="black", font=_font())
     for c in range(cols):
       tile = Image.fromarray(np.ascontiguousarray(images[r, c]))
       canvas.paste(tile, (c * (width + _GAP), r * step + _LINE))
@@ -258,9 +259,17 @@ def _shortened(text: str, cut: int) -> str:
 
 def _text_width(text: str) -> int:
   """Returns pixels of a line."""
+  return int(_font().getlength(text)) + 1
+
+
+@functools.cache
+def _font():
+  """Returns a font that knows more letters than Pillow's own."""
+  import matplotlib  # pylint: disable=g-import-not-at-top
   from PIL import ImageFont  # pylint: disable=g-import-not-at-top
 
-  return int(ImageFont.load_default().getlength(text)) + 1
+  folder = pathlib.Path(matplotlib.get_data_path()) / "fonts/ttf"
+  return ImageFont.truetype(str(folder / "DejaVuSans.ttf"), 11)
 
 
 def run() -> None:

@@ -236,7 +236,9 @@ class UniCodeModel:
     codes = self._in_batches(
       lambda batch: self._encode(self.loaded.variables, batch), images
     )
-    return codes.reshape(len(images), self._model.num_positions, -1)
+    return codes.reshape(
+      len(images), self._model.num_positions, self._model.depth
+    )
 
   def decode(self, codes: np.ndarray) -> np.ndarray:
     """Turns codes int32[N, P, D] into pictures uint8[N, S, S, 3]."""
@@ -390,8 +392,9 @@ class UniCodeModel:
       batch_size=BATCH,
       depth_weights=self._depth_weights,
     )
-    codes = np.stack([ids[:wanted] for ids in answers]) - model.codes_shift
-    return codes.reshape(len(codes), model.num_positions, model.depth)
+    codes = np.asarray([ids[:wanted] for ids in answers], np.int32)
+    codes = codes.reshape(len(answers), model.num_positions, model.depth)
+    return codes - model.codes_shift
 
   def _reply(self, ids: np.ndarray) -> Reply:
     """Takes an answer apart."""

@@ -1,6 +1,9 @@
-r"""Trains a stage of UniCode.
+r"""Trains a stage of UniCode, or a chain of them.
 
-The embedded data, on a CPU, from nothing to a report:
+The embedded data, on a CPU, from nothing to an evaluated model:
+  python -m unicode_jax.main --config=configs/quickstart.py
+
+One stage:
   python -m unicode_jax.main --config=configs/pretrain.py
 
 A preset, with values of your own (unicode_jax/config.py describes each key):
@@ -23,6 +26,7 @@ import sys
 from absl import app, flags, logging
 
 from unicode_jax import config as config_lib
+from unicode_jax.evaluation import report
 from unicode_jax.stages import run_folder
 
 _CONFIG = flags.DEFINE_string(
@@ -54,12 +58,16 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
     raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
   links = config_lib.load_links(_CONFIG.value)
   config = next(iter(links.values()))
-  name = "quickstart" if len(links) > 1 else config.stage
+  file = pathlib.Path(_CONFIG.value.split(".py:")[0])
+  name = file.stem if len(links) > 1 else config.stage
   workdir = pathlib.Path(
     _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"
   )
   links = config_lib.resolve_links(links, overrides, str(workdir))
   config = next(iter(links.values()))
+  for link in links.values():
+    if link.evaluate is not None:
+      report.parse_suites(link.evaluate)
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
@@ -81,8 +89,23 @@ def _run_link(name: str, config, workdir: pathlib.Path) -> None:
     stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
     stage.run(config, workdir)
   if config.evaluate is not None:
-    suites = importlib.import_module("unicode_jax.evaluation.suites")
-    suites.evaluate(workdir, config.evaluate)
+    _evaluate(workdir, report.parse_suites(config.evaluate))
+
+
+def _evaluate(workdir: pathlib.Path, names: Sequence[str]) -> None:
+  """Evaluates a finished run into its own folder."""
+  inference = importlib.import_module("unicode_jax.inference")
+  suites = importlib.import_module("unicode_jax.evaluation.suites")
+  model = inference.load(workdir)
+  out = workdir / "evaluation"
+  suites.evaluate(
+    model,
+    suites.load_data(model.loaded, {}),
+    suites.Settings(suites=tuple(names)),
+    out,
+    say=functools.partial(print, flush=True),
+  )
+  print(f"report: {out / report.REPORT}")
 
 
 def _check_platform(platform: str | None) -> None:

@@ -74,7 +74,7 @@ def word_tokenizer():
 def bpe(tmp_path_factory):
   """A real tokenizer: tokens that join words, spaces and line breaks."""
   texts = [f"User: Is the picture red?\nAssistant: {a}." for a in ("Yes", "No")]
-  texts += ["Draw: a red dot. Draw a picture. Describe the picture."] * 3
+  texts += ["Draw: a red dot. Draw a picture. what is in the image?"] * 3
   folder = tmp_path_factory.mktemp("bpe")
   text_tokenizer.train_text_tokenizer(texts * 5, 300).save(folder)
   trained = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -40,7 +40,7 @@ PLAIN = {
     " !<image> #105 #106 #107 #108 !</image> !</s>"
   ),
   "caption": (
-    rf"<s> User : {READ} Describe the picture. \nAssistant :"
+    rf"<s> User : {READ} what is in the image? \nAssistant :"
     " !a !red !dot !</s>"
   ),
   "vqa": (
@@ -72,7 +72,7 @@ VICUNA = {
     " !<image> #105 #106 #107 #108 !</image> !</s>"
   ),
   "caption": (
-    f"{PREAMBLE} USER : {READ} Describe the picture. ASSISTANT :"
+    f"{PREAMBLE} USER : {READ} what is in the image? ASSISTANT :"
     " !a !red !dot !</s>"
   ),
   "vqa": (
@@ -111,7 +111,7 @@ CHATML = {
     r" !<|im_end|>"
   ),
   "caption": (
-    rf"<|im_start|> user \n {READ} Describe the picture. <|im_end|> \n"
+    rf"<|im_start|> user \n {READ} what is in the image? <|im_end|> \n"
     r" <|im_start|> assistant \n !a !red !dot !<|im_end|>"
   ),
   "vqa": (

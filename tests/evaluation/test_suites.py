@@ -115,14 +115,20 @@ def test_kernel_distance_of_pairs_is_not_below_zero(tiny, data, tmp_path):
   assert paired["frechet"] < 1e-6
 
 
-def test_generation_judges_each_label(evaluated):
+def labels_of(source):
+  return {a.label for a in source.annotations} - {None}
+
+
+def test_generation_judges_each_label(data, evaluated):
   results = evaluated[0]["suites"]["generation"]["results"]
   judged = results["judged"]["easy_vqa_test"]
   assert list(results["judged"]) == ["easy_vqa_test"]  # OpenMoji has no labels.
-  assert judged["labels"] == 24
+  labels = len(labels_of(data.image_sources[1]))
+  assert 20 < labels <= FEW
+  assert judged["labels"] == labels
   assert judged["guess"] == {"colour": 1 / 8, "shape": 1 / 3}
   pictures = judged["pictures"]
-  assert pictures["drawn"]["count"] == 24
+  assert pictures["drawn"]["count"] == labels
   labelled = pictures["real, held out"]["count"]
   assert labelled == pictures["reconstructed"]["count"]
   assert 0.75 * FEW < labelled <= FEW
@@ -139,8 +145,9 @@ def test_generation_judges_each_label(evaluated):
 def test_labels_ask_for_their_caption(tiny, data, tmp_path):
   openmoji, easy_vqa = make_bench(tiny, data, tmp_path).sets
   questions = suites._label_questions(easy_vqa)
-  assert len(questions) == 24
-  assert questions["teal circle"] == "Draw: a teal circle"
+  assert questions == {
+    label: f"Draw: a {label}" for label in labels_of(easy_vqa.train)
+  }
   assert suites._label_questions(openmoji) == {}
 
 
@@ -297,9 +304,11 @@ def test_decompression_loss_is_the_runs_own(tiny, data, tmp_path):
     np.testing.assert_allclose(np.mean(found["by_turn"]), found["accuracy"])
     np.testing.assert_allclose(
       found["gain"],
-      np.subtract(found["by_turn"], found["by_turn_alone"]),
+      np.subtract(found["by_turn"], found["by_turn_other"]),
       atol=1e-6,
     )
+    assert found["gain"][0] == 0
+    assert found["by_turn"][0] == found["by_turn_alone"][0]
     assert len(found["by_turn"]) == len(found["by_depth"]) == 2
 
 
@@ -324,6 +333,18 @@ def test_a_segment_alone_has_no_earlier_turns(tiny, data, tmp_path):
     hits[1].reshape(-1), logits.argmax(axis=1) == wanted
   )
   assert nats.shape == (3, 2, 2)
+
+
+def test_earlier_turns_are_of_another_picture(tiny, data, tmp_path):
+  """Three equal pictures: the next one's turns are one's own."""
+  bench = make_bench(tiny, data, tmp_path, max_images=3)
+  bench._codes = {
+    held.name: np.repeat(tiny.model.encode(held.images[:1]), 3, axis=0)
+    for held in bench.sets
+  }
+  for found in suites._decompression(bench).results.values():
+    assert found["gain"] == [0, 0]
+    assert found["by_depth_other"] == found["by_depth"]
 
 
 def test_other_suites_are_kept_until_something_changes(tiny, data, tmp_path):

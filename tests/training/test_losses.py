@@ -57,7 +57,7 @@ def test_value_and_gradients_against_float64(chunk):
 
 @pytest.mark.parametrize("chunk", [1, 6, 12, 1000])
 def test_every_position_by_itself(chunk):
-  """nll and hits are per position, in place, and whatever the mask says."""
+  """Cross entropy and hits, each in its place, whatever the mask says."""
   hidden, kernel, labels, mask = make(2)
   logits = torch.tensor(hidden).double() @ torch.tensor(kernel).double()
   labels[1, 2] = int(logits[1, 2].argmax())  # At least one hit.

@@ -4,7 +4,7 @@ METHOD section 4. Each task turns a source's annotations into examples, an
 example into a conversation:
 
   decompression      image -> its codes, in segments, one turn each
-  caption            image + "Describe the picture." -> text
+  caption            image + "what is in the image?" -> text
   vqa                image + question -> answer, several to a conversation
   text_to_image      "Draw: a caption" -> image
   class_conditional  "Draw one of: a class" -> image
@@ -40,7 +40,7 @@ DRAWING = (
   "class_conditional",
   "unconditional",
 )
-CAPTION_QUESTION = "Describe the picture."
+CAPTION_QUESTION = "what is in the image?"
 UNCONDITIONAL = "Draw a picture."
 
 _WHOLE = sequences.ImageSpan()

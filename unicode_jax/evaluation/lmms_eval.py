@@ -406,7 +406,11 @@ def _model_class() -> type:
 
   # Requests comes first: its methods are the ones that lmms leaves open.
   return register_model("unicode_jax")(
-    type("UniCodeModel", (Requests, lmms), {"__doc__": Requests.__doc__})
+    type(
+      "UniCodeModel",
+      (Requests, lmms),
+      {"__doc__": Requests.__doc__, "__module__": __name__},
+    )
   )
 
 

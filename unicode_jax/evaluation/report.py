@@ -355,16 +355,12 @@ def _decompression(results) -> list[str]:
   lines = []
   for name, r in results.items():
     rows = [
-      [
-        turn,
-        _share(there),
-        _share(alone),
-        f"{100 * gain:+.2f} ± {100 * error:.2f}",
-      ]
-      for turn, (there, alone, gain, error) in enumerate(
+      [turn, *map(_share, shares), f"{100 * gain:+.2f} ± {100 * error:.2f}"]
+      for turn, (*shares, gain, error) in enumerate(
         zip(
           r["by_turn"],
           r["by_turn_alone"],
+          r["by_turn_other"],
           r["gain"],
           r["gain_error"],
           strict=True,
@@ -375,16 +371,25 @@ def _decompression(results) -> list[str]:
     depths = range(1, len(r["by_depth"]) + 1)
     lines += [
       f"{name}, {r['count']} pictures: {_share(r['accuracy'])} of the codes "
-      f"right, {r['nats_per_code']:.3f} nats a code. The gain is what earlier "
-      "turns bring: the same turn with and without them (± its standard "
-      "error).",
+      f"right, {r['nats_per_code']:.3f} nats a code. Gain: what the earlier "
+      "turns of the very picture bring, over those of another.",
       "",
-      *table(("turn", "codes right", "without earlier", "gain, points"), rows),
       *table(
-        ("", *(f"depth {d}" for d in depths)),
+        (
+          "turn",
+          "codes right",
+          "no earlier turns",
+          "another picture's",
+          "gain, points",
+        ),
+        rows,
+      ),
+      *table(
+        ("codes right", *(f"depth {d}" for d in depths)),
         [
-          ["codes right", *map(_share, r["by_depth"])],
-          ["without earlier turns", *map(_share, r["by_depth_alone"])],
+          ["with earlier turns", *map(_share, r["by_depth"])],
+          ["without", *map(_share, r["by_depth_alone"])],
+          ["with another picture's", *map(_share, r["by_depth_other"])],
         ],
       ),
     ]

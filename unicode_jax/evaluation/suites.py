@@ -357,7 +357,14 @@ class Bench:
   def protocol(self) -> dict[str, Any]:
     """What the numbers of any suite mean something under."""
     facts, size = self.facts, self.model.image_size
-    packages = ["jax", "flax", "numpy", "pillow", *_DATA_PACKAGES]
+    packages = [
+      "unicode_jax",
+      "jax",
+      "flax",
+      "numpy",
+      "pillow",
+      *_DATA_PACKAGES,
+    ]
     if set(self.settings.features) - {"pixels"}:
       packages.append("torch")
     return {
@@ -370,7 +377,6 @@ class Bench:
       "antialiased; OpenMoji: rendered at this size",
       "seed": self.settings.seed,
       "versions": {
-        "unicode_jax": _unicode_jax_version(),
         "python": platform.python_version(),
         **_versions(packages),
       },
@@ -417,12 +423,6 @@ def _digest(source: sources.ImageSource) -> str:
   for item, annotation in zip(source.items, source.annotations, strict=True):
     hashed.update(repr((item["name"], item["digest"], annotation)).encode())
   return hashed.hexdigest()[:16]
-
-
-def _unicode_jax_version() -> str:
-  import unicode_jax  # pylint: disable=g-import-not-at-top
-
-  return unicode_jax.__version__
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:
@@ -1069,7 +1069,8 @@ def _caption(bench: Bench) -> Outcome:
       "question": tasks.CAPTION_QUESTION,
       "decoding": "greedy, text only",
       "max_new_tokens": longest,
-      "scores": "BLEU without smoothing, CIDEr-D with this set's frequencies",
+      "scores": "BLEU without smoothing (0 where no caption has so many "
+      "words), CIDEr-D with this set's frequencies",
       "blind": "the commonest training caption for every picture",
     },
     ", ".join(f"{k} CIDEr-D {v['cider']:.3f}" for k, v in results.items()),
@@ -1252,6 +1253,14 @@ def _decompression(bench: Bench) -> Outcome:
     alone = np.concatenate(
       [_decompressed(bench, codes, [span])[1] for span in spans], axis=1
     )
+    others = [together[:, : spans[0].stop]]
+    for turn, span in enumerate(spans[1:], 2):
+      # What comes before is right, but of the next picture.
+      mixed = np.roll(codes, -1, axis=0)
+      mixed[:, span.start : span.stop] = codes[:, span.start : span.stop]
+      _, hits = _decompressed(bench, mixed, spans[:turn])
+      others.append(hits[:, span.start : span.stop])
+    other = np.concatenate(others, axis=1)
 
     def by_turn(values):
       """Returns the mean of each image and turn, float[N, segments]."""
@@ -1259,29 +1268,39 @@ def _decompression(bench: Bench) -> Outcome:
         [values[:, s.start : s.stop].mean(axis=(1, 2)) for s in spans], axis=1
       )
 
-    gain = by_turn(together) - by_turn(alone)
+    gain = by_turn(together) - by_turn(other)
     results[held.name] = {
       "count": len(codes),
       "accuracy": float(together.mean()),
       "nats_per_code": float(nats.mean()),
       "by_turn": by_turn(together).mean(axis=0).tolist(),
       "by_turn_alone": by_turn(alone).mean(axis=0).tolist(),
+      "by_turn_other": by_turn(other).mean(axis=0).tolist(),
       "gain": gain.mean(axis=0).tolist(),
       "gain_error": (
         gain.std(axis=0, ddof=min(1, len(gain) - 1)) / math.sqrt(len(gain))
       ).tolist(),
       "by_depth": together.mean(axis=(0, 1)).tolist(),
       "by_depth_alone": alone.mean(axis=(0, 1)).tolist(),
+      "by_depth_other": other.mean(axis=(0, 1)).tolist(),
     }
   return Outcome(
     results,
     {
       "segments": segments,
       "decoding": "the likeliest token, the right codes before it given",
-      "alone": "each segment as the first turn of its own conversation",
+      "without earlier turns": "each segment as the first turn of its own "
+      "conversation",
+      "another picture's": "earlier turns of the next picture of the set",
+      "gain": "over another picture's earlier turns, with its standard error",
     },
     ", ".join(
       f"{k} {100 * v['accuracy']:.1f} % of codes" for k, v in results.items()
+    ),
+    (
+      "Training shows later segments behind earlier ones only, so that a "
+      "segment alone is unusual as well as alone: another picture's earlier "
+      "turns tell the two apart.",
     ),
   )
 
