@@ -90,6 +90,11 @@ setuptools.setup(
   license_files=["LICENSE"],
   packages=setuptools.find_packages(include=["unicode_jax", "unicode_jax.*"]),
   python_requires=">=3.11",
+  entry_points={
+    "lmms_eval.models": [
+      "unicode_jax = unicode_jax.evaluation.lmms_eval:manifest"
+    ]
+  },
   install_requires=REQUIRES,
   extras_require=EXTRAS,
 )

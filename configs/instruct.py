@@ -6,18 +6,19 @@ It starts from a run of stage I, by default runs/pretrain-PRESET; name another
 with --config.init_from=RUN, which may also be an earlier run of stage II.
 Presets, as in --config=configs/instruct.py:debug
 
-  preset      trains                                     hardware     time
-  (none)      all tasks on the embedded data             2 CPU cores  TIME
-  debug       every code path, learns nothing            2 CPU cores  1 minute
-  decompress  decompression alone, as pre-training       2 CPU cores  not measured
-  smollm2     SmolLM2-135M, ChatML                       2 CPU cores  not measured
-  paper       LLaVA JSON, LLaMA-7B, Vicuna's template    TPU v5e-64   not measured
+  preset      trains                                   hardware     time
+  (none)      all tasks on the embedded data           2 CPU cores  7 minutes
+  debug       every code path, learns nothing          2 CPU cores  1 minute
+  decompress  decompression alone, as pre-training     2 CPU cores  not measured
+  smollm2     SmolLM2-135M, ChatML                     2 CPU cores  not measured
+  paper       LLaVA JSON, LLaMA-7B, Vicuna's template  TPU v5e-64   not measured
 
 Baselines of the paper's tables, as settings of the same code:
   --config.instruct.vision=separate   codes have rows of their own
   --config.instruct.vision=projector --config.data.codes=none   as LLaVA
 
-Expected: RESULT
+Expected: not measured; configs/quickstart.py has another mixture, measured in
+docs/stage2.md.
 Reported in the paper: VQAv2 53.1, VizWiz 46.2, POPE 71.8, ImageNet FID 6.72.
 """
 

@@ -2,10 +2,10 @@
 
 The Python API behind the commands, METHOD section 4 at work:
 
-  model = unicode_jax.load("runs/quickstart/instruct")
-  image = unicode_jax.inference.open_image("x.png", model.image_size)
+  model = unicode_jax.load("runs/quickstart/stage2")
+  image = open_image("x.png", model.image_size)
   codes = model.encode(image[None])
-  model.answer([Question("What is this?", codes)])[0].text
+  model.answer([Question((IMAGE, "What is this?"), codes)])[0].text
   model.draw(["rooster"], seed=1)  # uint8[1, S, S, 3]
 
 Nothing is trained here, and nothing measured.
@@ -33,6 +33,8 @@ BATCH = 64  # Images or prompts at a time.
 ANSWER_SAMPLING = sampling_lib.SamplingConfig(temperature=0.0)
 DRAW_SAMPLING = sampling_lib.SamplingConfig(top_k=0, top_p=0.95, guidance=2.0)
 
+# The first image of a conversation, whole.
+IMAGE = sequences.ImageSpan()
 _NO_TURNS = sequences.Conversation(())
 
 

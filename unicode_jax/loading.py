@@ -127,9 +127,7 @@ class Loaded:
     return sequence_format(self.config)
 
 
-def load(
-  workdir: str | os.PathLike[str], step: int | None = None
-) -> Loaded:
+def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   """Loads a run: of stage I, stage II or a tokenizer alone.
 
   Args:
@@ -160,9 +158,7 @@ def load(
     raise config_lib.ConfigError(
       f"{folder} has no checkpoint"
       + (f" of step {step}; it has {steps}" if steps else "")
-      + (
-        ": choose one of these" if steps else ": let the run reach its first"
-      )
+      + (": choose one of these" if steps else ": let the run reach its first")
     )
   step = steps[-1] if step is None else step
   model = build_model(config)

@@ -26,7 +26,6 @@ import sys
 from absl import app, flags, logging
 
 from unicode_jax import config as config_lib
-from unicode_jax.evaluation import report
 from unicode_jax.stages import run_folder
 
 _CONFIG = flags.DEFINE_string(
@@ -66,8 +65,7 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   links = config_lib.resolve_links(links, overrides, str(workdir))
   config = next(iter(links.values()))
   for link in links.values():
-    if link.evaluate is not None:
-      report.parse_suites(link.evaluate)
+    _suites(link)
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
@@ -88,11 +86,19 @@ def _run_link(name: str, config, workdir: pathlib.Path) -> None:
   else:
     stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
     stage.run(config, workdir)
-  if config.evaluate is not None:
-    _evaluate(workdir, report.parse_suites(config.evaluate))
+  if names := _suites(config):
+    _evaluate(workdir, names)
 
 
-def _evaluate(workdir: pathlib.Path, names: Sequence[str]) -> None:
+def _suites(config) -> tuple[str, ...]:
+  """Returns the suites to evaluate at the end of a run, perhaps none."""
+  if config.evaluate is None:
+    return ()
+  report = importlib.import_module("unicode_jax.evaluation.report")
+  return report.parse_suites(config.evaluate)
+
+
+def _evaluate(workdir: pathlib.Path, names: tuple[str, ...]) -> None:
   """Evaluates a finished run into its own folder."""
   inference = importlib.import_module("unicode_jax.inference")
   suites = importlib.import_module("unicode_jax.evaluation.suites")
@@ -101,11 +107,11 @@ def _evaluate(workdir: pathlib.Path, names: Sequence[str]) -> None:
   suites.evaluate(
     model,
     suites.load_data(model.loaded, {}),
-    suites.Settings(suites=tuple(names)),
+    suites.Settings(suites=names),
     out,
     say=functools.partial(print, flush=True),
   )
-  print(f"report: {out / report.REPORT}")
+  print(f"report: {out / 'report.md'}")
 
 
 def _check_platform(platform: str | None) -> None:

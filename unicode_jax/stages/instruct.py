@@ -78,9 +78,7 @@ def mixture_config(
     weights=weights,
     source_weights=tuple(source_weights),
     # Slots are shifted when they are filled.
-    layout=dataclasses.replace(
-      loading.sequence_format(config), codes_shift=0
-    ),
+    layout=dataclasses.replace(loading.sequence_format(config), codes_shift=0),
     sequence_length=config.text.sequence_length,
     positions=config_lib.positions(config),
     first_slot=loading.build_llama(config).vocab_size,
@@ -317,9 +315,7 @@ class InstructStage:
     measured = _by_task(self.heldout, total)
     result |= {f"eval/{name}": value for name, value in measured.items()}
     if "text_loss/text" in measured:
-      result["eval/text_perplexity"] = float(
-        np.exp(measured["text_loss/text"])
-      )
+      result["eval/text_perplexity"] = float(np.exp(measured["text_loss/text"]))
     return result
 
   def pictures(self, state):
@@ -332,8 +328,7 @@ class InstructStage:
     words = {"loss": "loss"} | {
       name.replace("_loss/", " "): name
       for name in metrics
-      if name.startswith(("text_loss/", "image_loss/"))
-      and name.count("/") == 1
+      if name.startswith(("text_loss/", "image_loss/")) and name.count("/") == 1
     }
     return "  ".join(
       f"{word} {metrics[name]:.3g}"

@@ -74,9 +74,11 @@ def _read(model, params, batch, codes):
   extra = jnp.take_along_axis(read, place[..., None], axis=1)
   extra = jnp.where(shown[..., None] >= 0, extra, 0.0)
   token_ids = jnp.where(token_ids >= first_slot, -1, token_ids)
-  return token_ids, jnp.where(
-    batch["labels"] >= first_slot, 0, batch["labels"]
-  ), extra
+  return (
+    token_ids,
+    jnp.where(batch["labels"] >= first_slot, 0, batch["labels"]),
+    extra,
+  )
 
 
 def instruct_loss(

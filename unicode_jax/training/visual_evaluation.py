@@ -46,7 +46,7 @@ def _batch_sums(model, variables, image, weight, with_pixels):
     sums["agree"] = jnp.mean(other == codes, axis=(1, 2, 3)) @ weight
   if with_pixels:
     decoded = decode_prefixes(model, variables, output.partial)
-    psnr = jax.vmap(reconstruction_loss.psnr, in_axes=(0, None))(decoded, image)
+    psnr = jax.vmap(reconstruction_loss.psnr, in_axes=(None, 0))(image, decoded)
     sums["psnr"] = psnr @ weight
   return sums
 
