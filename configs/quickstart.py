@@ -39,6 +39,7 @@ _TOKENIZER = {
   "tokenizer.channel_multipliers": (1,),
   "tokenizer.num_res_blocks": 2,
 }
+_STAGE1 = _SHARED | {"codebook.embedding_boost": 4.0}
 _STAGE2 = {
   # easy-VQA's pictures, mostly: the others have a name each, and no questions.
   "data.weights": (0.1, 0.9),
@@ -48,8 +49,8 @@ _STAGE2 = {
   "optimizer.instruct.learning_rate": 2e-3,
   "instruct.questions_per_image": 6,
   # Captions name shape and colour, which no single question does.
-  "instruct.tasks.caption": 0.42,
-  "instruct.tasks.vqa": 0.28,
+  "instruct.tasks.caption": 0.34,
+  "instruct.tasks.vqa": 0.36,
   "instruct.tasks.text_to_image": 0.2,
   "instruct.tasks.class_conditional": 0.02,
   "instruct.tasks.unconditional": 0.02,
@@ -62,12 +63,12 @@ _STAGE2 = {
 PRESETS = {
   "": {
     "warmup": _SHARED | _TOKENIZER | {"num_steps": 200, "eval_every": 200},
-    "stage1": _SHARED | {"num_steps": 600, "eval_every": 600},
+    "stage1": _STAGE1 | {"num_steps": 600, "eval_every": 600},
     "stage2": _STAGE2,
   },
   "long": {
     "warmup": _SHARED | _TOKENIZER | {"num_steps": 400, "eval_every": 400},
-    "stage1": _SHARED | {"num_steps": 1500, "eval_every": 500},
+    "stage1": _STAGE1 | {"num_steps": 1500, "eval_every": 500},
     "stage2": _STAGE2 | {"num_steps": 14000, "eval_every": 2000},
   },
   "debug": {

@@ -106,26 +106,30 @@ def test_what_asks_for_a_drawing(message, question):
 
 
 def test_the_prompt_holds_the_conversation(chat, model, pictures):
-  model.answers = [said("a circle"), said("red"), said("no")]
+  model.answers = [said(text) for text in ("hi", "a circle", "red", "no")]
+  assert chat.reply("hello") == ["hi"]
   chat.show(pictures[0])
   assert chat.reply("what is it?") == ["a circle"]
   assert chat.reply("  what color?  ") == ["red"]
   chat.show(pictures[1])
   assert chat.reply("and here?") == ["no"]
-  first, second, third = model.asked
-  assert (first.parts, first.history.turns) == ((SPAN(0), "what is it?"), ())
-  turn = ((SPAN(0), "what is it?"), "a circle")
-  assert (second.parts, second.history.turns) == ("what color?", (turn,))
-  assert third.parts == (SPAN(1), "and here?")
-  assert third.history.turns == (turn, ("what color?", "red"))
-  for codes, path in zip(third.codes, pictures, strict=True):
-    np.testing.assert_array_equal(codes, shown_codes(model, path))
+  first, second, third, fourth = model.asked
+  assert (first.parts, first.history.turns) == ("hello", ())
+  assert first.codes is None
+  # The picture before all that is left, and nothing about another picture.
+  hello = ((SPAN(0), "hello"), "hi")
+  assert (second.parts, second.history.turns) == ("what is it?", (hello,))
+  assert third.parts == "what color?"
+  assert third.history.turns == (hello, ("what is it?", "a circle"))
+  assert (fourth.parts, fourth.history.turns) == ("and here?", (hello,))
+  for question, path in ((third, pictures[0]), (fourth, pictures[1])):
+    codes = shown_codes(model, path)
+    np.testing.assert_array_equal(question.codes, codes[None])
   # As in training: the ids of the whole, as far as it goes.
-  layout, tokenizer = model.loaded.layout, model.loaded.text_tokenizer
   encoded = sequences.encode_conversation(
-    sequences.Conversation((*third.history.turns, (third.parts, "no"))),
-    tokenizer,
-    layout,
+    sequences.Conversation((*third.history.turns, (third.parts, "red"))),
+    model.loaded.text_tokenizer,
+    model.loaded.layout,
     list(third.codes),
   )
   prompt = model.prompt(third)
@@ -137,13 +141,14 @@ def test_the_prompt_holds_the_conversation(chat, model, pictures):
   assert model.asked[-1].history.turns == ()
 
 
-def test_the_model_itself_answers(chat, model, tiny_run, pictures):
+def test_the_model_itself_answers(chat, tiny_run, pictures):
   chat.show(pictures[0])
-  (text,) = chat.reply("is there a circle?") or [""]
-  codes = shown_codes(model, pictures[0])[None]
+  said = chat.reply("is there a circle?")
+  codes = shown_codes(tiny_run.model, pictures[0])[None]
   question = inference.Question((SPAN(0), "is there a circle?"), codes)
   (reply,) = tiny_run.model.answer([question])
-  assert text == reply.parts[0].strip()
+  for text, part in zip(said, reply.parts, strict=True):
+    assert text == part.strip() if isinstance(part, str) else Image.open(text)
 
 
 def test_long_conversations_lose_their_oldest_turns(
@@ -169,7 +174,7 @@ def test_long_conversations_lose_their_oldest_turns(
   (note,) = notes
   assert "sequence_length" in note
   # One more turn would not have fitted.
-  longer = chat_lib.Turn(f"question {first - 1}?", f"answer {first - 1}", 0)
+  longer = chat_lib.Turn(f"question {first - 1}?", f"answer {first - 1}", True)
   chat._turns = [longer, *chat._turns[:-1]]
   assert len(model.prompt(chat._render("question 11?"))) > 0.75 * limit
 
@@ -191,8 +196,8 @@ def test_a_drawing_is_saved_and_looked_at(chat, model, tmp_path):
     np.testing.assert_array_equal(np.asarray(drawing), model.decode(codes)[0])
   chat.reply("what color?")
   question = model.asked[-1]
-  assert question.parts == (SPAN(0), "what color?")
-  assert question.history.turns == (("hello", "red"),)
+  assert question.parts == "what color?"
+  assert question.history.turns == (((SPAN(0), "hello"), "red"),)
   np.testing.assert_array_equal(question.codes, codes)
   # Another drawing is another one, and the same session the same.
   chat.reply("draw a red circle")
@@ -214,6 +219,10 @@ def test_images_in_an_answer_are_saved(chat, model, notes, tmp_path):
   ]
   one, two, three = (str(tmp_path / f"drawing_{i}.png") for i in (1, 2, 3))
   assert chat.reply("show me") == ["one:", one, "two:", two]
+  # Its words are about its drawing.
+  assert chat._render("x").history.turns == (
+    ((SPAN(0), "show me"), "one: two:"),
+  )
   for path, pixels in zip((one, two), model.decode(codes)):
     with Image.open(path) as drawing:
       np.testing.assert_array_equal(np.asarray(drawing), pixels)
@@ -221,11 +230,11 @@ def test_images_in_an_answer_are_saved(chat, model, notes, tmp_path):
   assert chat.reply("nothing to say?") == []
   assert notes == ["the answer is empty"]
   chat.reply("what?")
-  # Only words are history; the newest drawing is what is talked about.
+  # The newest drawing is what is talked about.
   question = model.asked[-1]
-  assert question.parts == (SPAN(2), "what?")
-  assert question.history.turns == (("show me", "one: two:"),)
-  np.testing.assert_array_equal(question.codes, codes[[0, 1, 0]])
+  assert question.parts == (SPAN(0), "what?")
+  assert question.history.turns == ()
+  np.testing.assert_array_equal(question.codes, codes[:1])
 
 
 def test_typed_control_tokens_are_text(chat, model):
@@ -293,9 +302,10 @@ def test_commands(chat, model, notes, pictures, tmp_path):
   assert "7x9" in note and "16x16" in note
 
 
-def run(*arguments, stdin="", code="from unicode_jax import chat; chat.run()"):
+def run(*arguments, stdin="", code=None):
+  command = ("-c", code) if code else ("-m", "unicode_jax.chat")
   return subprocess.run(
-    [sys.executable, "-c", code, *map(str, arguments)],
+    [sys.executable, *command, *map(str, arguments)],
     cwd=ROOT,
     input=stdin,
     env={
@@ -343,7 +353,7 @@ def test_the_command_with_a_prompt(tiny_run, tmp_path):
     [inference.Question((SPAN(0), "what is it?"), codes)],
     dataclasses.replace(inference.ANSWER_SAMPLING, max_new_tokens=16),
   )
-  if all(isinstance(part, str) for part in reply.parts):
+  if not len(reply.codes):
     assert result.stdout.strip() == reply.text
 
 

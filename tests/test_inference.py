@@ -245,9 +245,9 @@ def test_drawings_hold_valid_codes(noisy):
 
 def test_drawings_depend_on_seed_and_place_alone(tiny_run, monkeypatch):
   model = tiny_run.model
-  captions = ["rooster", "a red circle", None, "a longer caption", "cat"]
+  captions = ["rooster", "a red circle", None, "a longer caption", "cat", "x"]
   drawn = model.draw(captions, seed=3)
-  assert drawn.shape == (5, 16, 16, 3) and drawn.dtype == np.uint8
+  assert drawn.shape == (6, 16, 16, 3) and drawn.dtype == np.uint8
   np.testing.assert_array_equal(drawn, model.draw(captions, seed=3))
   np.testing.assert_array_equal(drawn[:2], model.draw(captions[:2], seed=3))
   monkeypatch.setattr(inference, "BATCH", 2)

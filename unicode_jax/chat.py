@@ -6,7 +6,7 @@ One answer:
 
 A conversation, from the terminal or a pipe:
   python -m unicode_jax.chat --workdir=runs/instruct-default
-    /image x.png             shows another picture
+    /image x.png             shows another picture, and begins anew
     what shape is it?        asks about it
     draw a red circle        saves drawing_1.png, and asks go on about it
     draw: red circle         the same in exactly these words
@@ -15,9 +15,10 @@ A conversation, from the terminal or a pipe:
     /quit                    or the end of input
 
 The prompt holds what was said, as in the multi-turn conversations of METHOD
-section 4. Nobody has trained on the codes of a drawing followed by questions
-about it (and answers then turn into codes), so a drawing is told as any picture
-is: read before the next question. Nothing is measured here.
+section 4, and as they are in training: one picture, before the first question.
+So what was said about another picture is forgotten, and a drawing is told as
+any picture is. With a picture in the middle, or the codes of a drawing in an
+answer, models of the embedded data answer much worse. Nothing is measured here.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,8 +36,8 @@ from unicode_jax import config as config_lib
 from unicode_jax.data import sequences, tasks
 
 HELP = (
-  "/image PATH shows a picture, /reset forgets all, /quit ends; a message that "
-  "begins with 'draw' draws"
+  "/image PATH shows another picture, /reset forgets all, /quit ends; a "
+  "message that begins with 'draw' draws"
 )
 _MAX_SEED = 2**31 - 1
 
@@ -69,12 +70,12 @@ class Turn:
   Attributes:
     question: text.
     answer: text.
-    picture: number of the picture that was in view, None without one.
+    about_picture: whether a picture was in view.
   """
 
   question: str
   answer: str
-  picture: int | None
+  about_picture: bool
 
 
 def drawing_question(message: str) -> str | None:
@@ -143,12 +144,11 @@ class Chat:
   def reset(self) -> None:
     """Forgets what was said and shown."""
     self._turns: list[Turn] = []
-    self._codes: list[np.ndarray] = []  # int32[P, D] of each picture.
-    self._picture: int | None = None
+    self._codes: np.ndarray | None = None  # int32[P, D] of the picture in view.
     self._said_dropped = False
 
   def show(self, file: str | os.PathLike[str]) -> None:
-    """Shows another picture; what was said about earlier ones stays.
+    """Shows another picture; what was said about the last one is forgotten.
 
     Args:
       file: an image of any size and mode.
@@ -166,8 +166,8 @@ class Chat:
     self._look_at(self._model.encode(image[None])[0])
 
   def _look_at(self, codes: np.ndarray) -> None:
-    self._codes.append(codes)
-    self._picture = len(self._codes) - 1
+    self._codes = codes
+    self._turns = [turn for turn in self._turns if not turn.about_picture]
 
   def reply(self, message: str) -> list[str]:
     """Answers a message.
@@ -191,16 +191,18 @@ class Chat:
     reply = self._model.answer(
       [self._question(message)], self._answering, seed=seed
     )[0]
-    if reply.text:
-      self._turns.append(Turn(message, reply.text, self._picture))
     if not reply.parts:
       self._note("the answer is empty")
-    return [
+    said = [
       part.strip()
       if isinstance(part, str)
       else self._save(reply.codes[part.index])
       for part in reply.parts
     ]
+    if reply.text:
+      turn = Turn(message, reply.text, about_picture=self._codes is not None)
+      self._turns.append(turn)
+    return said
 
   def _save(self, codes: np.ndarray) -> str:
     """Saves a drawing, and looks at it from now on."""
@@ -242,20 +244,19 @@ class Chat:
     return question
 
   def _render(self, message: str):
-    """Returns the turns and a message, each picture before its first turn."""
+    """Returns the turns and a message, the picture before the first of them."""
     from unicode_jax import inference  # pylint: disable=g-import-not-at-top
 
-    shown, rendered = None, []
-    for turn in (*self._turns, Turn(message, "", self._picture)):
-      parts: sequences.Parts = turn.question
-      if turn.picture is not None and turn.picture != shown:
-        shown = turn.picture
-        parts = (sequences.ImageSpan(shown), parts)
-      rendered.append((parts, turn.answer))
+    turns: list[tuple[sequences.Parts, sequences.Parts]] = [
+      *((turn.question, turn.answer) for turn in self._turns),
+      (message, ""),
+    ]
+    if self._codes is not None:
+      turns[0] = (tasks.show(turns[0][0]), turns[0][1])
     return inference.Question(
-      rendered[-1][0],
-      np.stack(self._codes) if self._codes else None,
-      sequences.Conversation(tuple(rendered[:-1])),
+      turns[-1][0],
+      None if self._codes is None else self._codes[None],
+      sequences.Conversation(tuple(turns[:-1])),
     )
 
 

@@ -182,6 +182,10 @@ def default_config() -> ConfigDict:
   codebook.code_dim = 16
   # Map P from the LLM's table to code_dim: "pca", "random" or "identity".
   codebook.projection = "pca"
+  # How much larger a fresh LLM's table begins in code_dim of its dimensions
+  # than in the others. The rows that the LLM reads then tell codes apart by
+  # what the quantizer sees; 1 makes no difference between dimensions.
+  codebook.embedding_boost = 1.0
   # Rows of unit length, hence selection by cosine.
   codebook.l2_normalize = True
   # Language-driven sync, C <- decay C + (1 - decay) V(E), and its period in
@@ -358,6 +362,7 @@ _RANGES = (
     ),
   ),
   (1, math.inf, ("llm.rope_scaling.factor",)),
+  (1, math.inf, ("codebook.embedding_boost",)),
   (0.01, 0.9, ("*.heldout_fraction",)),
   (0.01, 1, ("data.crop_scale",)),
 )
