@@ -254,6 +254,10 @@ def default_config() -> ConfigDict:
   instruct.segments = 4
   # Questions about one image in a conversation, at most.
   instruct.questions_per_image = 3
+  # Of a question that is answered by yes or no, at most so many of the commoner
+  # answer are trained on for each of the rarer, lest the wording be enough; 0
+  # keeps all.
+  instruct.yes_no_ratio = 0.0
   # Share of the images to draw whose condition is dropped, which
   # classifier-free guidance needs.
   instruct.condition_dropout = 0.1

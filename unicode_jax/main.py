@@ -19,6 +19,7 @@ The same command again goes on where the run stopped.
 from collections.abc import Mapping, Sequence
 import functools
 import importlib
+import itertools
 import os
 import pathlib
 import sys
@@ -66,6 +67,7 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   config = next(iter(links.values()))
   for link in links.values():
     _suites(link)
+  _check_order(links, workdir)
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
@@ -75,6 +77,17 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   for name, config in links.items():
     _run_link(name, config, workdir / name)
   return 0
+
+
+def _check_order(links: Mapping[str, object], workdir: pathlib.Path) -> None:
+  """Raises ConfigError where a link is there, but not what it started from."""
+  for before, name in itertools.pairwise(links):
+    there = [(workdir / n / "config.json").exists() for n in (before, name)]
+    if there == [False, True]:
+      raise config_lib.ConfigError(
+        f"{workdir / name} started from a run that is no longer in "
+        f"{workdir / before}: remove it too, or choose another --workdir"
+      )
 
 
 def _run_link(name: str, config, workdir: pathlib.Path) -> None:
@@ -95,7 +108,7 @@ def _suites(config) -> tuple[str, ...]:
   if config.evaluate is None:
     return ()
   report = importlib.import_module("unicode_jax.evaluation.report")
-  return report.parse_suites(config.evaluate)
+  return report.parse_suites(config.evaluate, "evaluate")
 
 
 def _evaluate(workdir: pathlib.Path, names: tuple[str, ...]) -> None:

@@ -44,6 +44,7 @@ class MixtureConfig:
     first_slot: the LLM's vocabulary size.
     segments: turns of decompression.
     questions_per_image: questions of a conversation.
+    yes_no_ratio: of `tasks.balanced`; 0 keeps every question.
     condition_dropout: chance that an image's condition is dropped.
     flip: mirror half of the images.
   """
@@ -56,6 +57,7 @@ class MixtureConfig:
   first_slot: int
   segments: int = 4
   questions_per_image: int = 3
+  yes_no_ratio: float = 0.0
   condition_dropout: float = 0.1
   flip: bool = True
 
@@ -289,6 +291,7 @@ class Mixture:
         positions=self.config.positions,
         segments=self.config.segments,
         questions_per_image=self.config.questions_per_image,
+        yes_no_ratio=self.config.yes_no_ratio,
       )
       share = self.config.source_weights[i]
       if examples and share:

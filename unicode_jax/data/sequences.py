@@ -41,7 +41,7 @@ tokens cannot be imitated (`TextTokenizer.encode`).
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -429,20 +429,21 @@ def slots(
   return list(ids.reshape(count, positions, depth))
 
 
-def fill_slots(ids: Any, codes: Any, first_slot: int, xp=np) -> Any:
+def fill_slots(
+  ids: np.ndarray, codes: np.ndarray, first_slot: int
+) -> np.ndarray:
   """Replaces the slots of one row by codes.
 
   Args:
     ids: int32 of any shape, some of them slots.
     codes: int32[n], what slot `first_slot + i` stands for.
     first_slot: as of `slots`.
-    xp: numpy or jax.numpy.
 
   Returns:
     int32 of the shape of `ids`.
   """
-  index = xp.clip(ids - first_slot, 0, codes.shape[0] - 1)
-  return xp.where(ids >= first_slot, codes[index], ids)
+  index = np.clip(ids - first_slot, 0, codes.shape[0] - 1)
+  return np.where(ids >= first_slot, codes[index], ids)
 
 
 def plan_packing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

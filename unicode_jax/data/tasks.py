@@ -16,6 +16,7 @@ Salimans, arXiv 2207.12598), its question becomes the unconditional one. Pure
 Python: no pixels, no codes, no batches.
 """
 
+import collections
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import itertools
@@ -44,6 +45,7 @@ CAPTION_QUESTION = "what is in the image?"
 UNCONDITIONAL = "Draw a picture."
 
 _WHOLE = sequences.ImageSpan()
+_OPPOSITE = {"yes": "no", "no": "yes", "Yes": "No", "No": "Yes"}
 
 
 def draw_question(caption: str) -> str:
@@ -147,6 +149,7 @@ def image_examples(
   positions: int,
   segments: int,
   questions_per_image: int,
+  yes_no_ratio: float = 0.0,
 ) -> list[Example]:
   """Returns the examples of one task about the images of a source.
 
@@ -157,6 +160,7 @@ def image_examples(
     segments: turns of decompression.
     questions_per_image: questions of a conversation; dialogues of several turns
       stay whole, and apart.
+    yes_no_ratio: see `balanced`; 0 keeps every question.
 
   Raises:
     ValueError: there is no such task.
@@ -189,8 +193,15 @@ def image_examples(
   if task != "vqa":
     raise ValueError(f"there is no task {task!r} about images: {TASKS}")
   examples = []
-  for i, known in enumerate(source.annotations):
-    single = [d[0] for d in known.dialogues if len(d) == 1]
+  singles = [
+    [d[0] for d in known.dialogues if len(d) == 1]
+    for known in source.annotations
+  ]
+  if yes_no_ratio:
+    singles = balanced(singles, yes_no_ratio)
+  for i, (known, single) in enumerate(
+    zip(source.annotations, singles, strict=True)
+  ):
     # So that questions that are neighbours in the data need not be here.
     order = np.random.default_rng(i).permutation(len(single))
     for start in range(0, len(single), questions_per_image):
@@ -209,3 +220,35 @@ def text_examples(
 ) -> list[Example]:
   """Returns the examples of the task without images."""
   return [Example(None, c.turns) for c in conversations]
+
+
+def balanced(
+  questions: Sequence[Sequence[tuple[str, str]]], ratio: float
+) -> list[list[tuple[str, str]]]:
+  """Leaves out some answers that a question's wording gives away.
+
+  Where nine of ten answers to a question are "no", a model can be nearly right
+  without a look at the image, and learns to look late.
+
+  Args:
+    questions: (question, answer) pairs of each image.
+    ratio: of a question that is answered by yes or no, at most so many of the
+      commoner answer stay for each of the rarer, about.
+
+  Returns:
+    The pairs of each image that stay; which ones is a hash of the image's
+    number and the question. Other questions all do.
+  """
+  counts = collections.Counter(pair for pairs in questions for pair in pairs)
+
+  def stays(image: int, question: str, answer: str) -> bool:
+    if answer not in _OPPOSITE:
+      return True
+    other = counts[question, _OPPOSITE[answer]]
+    share = ratio * other / counts[question, answer]
+    return not other or sources_lib.is_heldout(f"{image} {question}", share)
+
+  return [
+    [pair for pair in pairs if stays(i, *pair)]
+    for i, pairs in enumerate(questions)
+  ]

@@ -43,11 +43,12 @@ _TITLES = {
 _TILE, _GAP, _LINE = 64, 6, 13  # of picture sheets, pixels
 
 
-def parse_suites(text: str) -> tuple[str, ...]:
+def parse_suites(text: str, flag: str = "--suites") -> tuple[str, ...]:
   """Reads a list of suites, separated by commas; "all" is every one.
 
   Args:
     text: as of the flag.
+    flag: its name, for the error.
 
   Returns:
     Their names, in the order of `SUITES`.
@@ -61,7 +62,7 @@ def parse_suites(text: str) -> tuple[str, ...]:
   wrong = [name for name in names if name not in SUITES]
   if wrong or not names:
     raise config_lib.ConfigError(
-      f"--suites={text}: name some of {', '.join(SUITES)}, or all"
+      f"{flag}={text}: name some of {', '.join(SUITES)}, or all"
     )
   return tuple(name for name in SUITES if name in names)
 

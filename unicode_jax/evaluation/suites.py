@@ -159,10 +159,12 @@ def load_data(
         f"--config.{key}: only --config.data.* can be set here, all else is "
         f"the run's ({loaded.workdir})"
       )
-  if set(overrides) == {"data.heldout_fraction"}:
+  others = {"data.source", "data.path", "data.conversations", "data.tfds"}
+  if "data.heldout_fraction" in overrides and not others & set(overrides):
     raise config_lib.ConfigError(
-      "--config.data.heldout_fraction alone would evaluate pictures that the "
-      "run was trained on: leave it unset, or name other data too"
+      "--config.data.heldout_fraction without other data would evaluate "
+      "pictures that the run was trained on: leave it unset, or name other "
+      "data too"
     )
   tokenizer = str(loaded.workdir / loading.TEXT_TOKENIZER)
   # A run may outlive what it was made from.
@@ -659,7 +661,7 @@ def _generation(bench: Bench) -> Outcome:
       held.images,
     )
     distances[held.name] = against
-  if any(bench.loaded.config.instruct.tasks[t] for t in ("unconditional",)):
+  if bench.loaded.config.instruct.tasks.unconditional:
     real, train = _pooled(bench)
     pictures = bench.draw([tasks.UNCONDITIONAL] * drawn, seed=settings.seed + 2)
     distances["all sets as mixed"] = {
@@ -803,7 +805,9 @@ def _pooled(bench: Bench) -> tuple[np.ndarray, np.ndarray]:
   )
   real, train = [], []
   for held, share in zip(bench.sets, weights, strict=True):
-    count = int(share * fewest)
+    count = round(share * fewest)
+    if not count:  # No share, or too small a one for so few pictures.
+      continue
     real.append(held.images[spread(len(held.images), count)])
     train.append(_training_images(held, count)[:count])
   return np.concatenate(real), np.concatenate(train)
@@ -850,15 +854,18 @@ def _vqa(bench: Bench) -> Outcome:
     texts, truth = [q for _, q, _ in asked], [a for *_, a in asked]
     blind = vqa_accuracy.BlindBaseline(questions, answers)
 
-    def score(said, texts=texts, truth=truth, kind=kind):
+    def score(said, exactly=truth, texts=texts, truth=truth, kind=kind):
       scores = vqa_accuracy.evaluate_answers(
         said, [[answer] for answer in truth], texts, kind
       )
-      exact = np.mean([a == b for a, b in zip(said, truth, strict=True)])
+      exact = np.mean([a == b for a, b in zip(said, exactly, strict=True)])
       return _named(scores) | {"exact_match": float(exact)}
 
     results[held.name] = score(predictions) | {
-      "blind": score(blind.predict(texts)),
+      # It says normalised answers, so these are what it can match.
+      "blind": score(
+        blind.predict(texts), [*map(vqa_accuracy.normalize_answer, truth)]
+      ),
       "distinct_questions": len(set(texts)),
     }
   return Outcome(
@@ -1223,8 +1230,7 @@ def _decompressed(
   nats, hits = [], []
 
   def fill(ids, rows):
-    slots = np.clip(ids - first_slot, 0, P * D - 1)
-    return np.where(ids >= first_slot, rows[:, slots], ids)
+    return np.stack([sequences.fill_slots(ids, r, first_slot) for r in rows])
 
   for start in range(0, len(flat), size):
     first = min(start, len(flat) - size)  # So that one program serves all.

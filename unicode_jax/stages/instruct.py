@@ -44,8 +44,11 @@ CURVES = {
   "Loss": ("loss",),
   "Text loss by task": ("text_loss/",),
   "Image loss by task": ("image_loss/",),
-  "Held-out loss": ("eval/loss/",),
-  "Held-out accuracy by token": ("eval/accuracy/",),
+  "Held-out loss": ("eval/text_loss/", "eval/image_loss/"),
+  "Held-out accuracy by token": (
+    "eval/text_accuracy/",
+    "eval/image_accuracy/",
+  ),
   "Held-out answers": ("eval/exact/",),
   "Held-out text perplexity": ("eval/text_perplexity",),
 }
@@ -84,6 +87,7 @@ def mixture_config(
     first_slot=loading.build_llama(config).vocab_size,
     segments=settings.segments,
     questions_per_image=settings.questions_per_image,
+    yes_no_ratio=settings.yes_no_ratio,
     condition_dropout=settings.condition_dropout,
     flip=config.data.flip,
   )
@@ -147,6 +151,8 @@ def extend(
   if rows > table.shape[0]:
     shape = rows - table.shape[0], table.shape[1]
     new = 0.02 * jax.random.normal(keys[0], shape)
+    rules = model.codebook
+    new = new.at[:, : rules.code_dim].multiply(rules.embedding_boost)
     llm["embed_tokens"] = {"embedding": jnp.concatenate([table, new])}
     if "lm_head" in llm:
       new = 0.02 * jax.random.normal(keys[1], shape[::-1])
@@ -199,6 +205,7 @@ class InstructStage:
         weights={**rows.weights, "text": 1.0},
         # As the published tests ask.
         questions_per_image=1,
+        yes_no_ratio=0.0,
         flip=False,
       ),
     )

@@ -12,6 +12,7 @@ easy-VQA has no captions: `shape_and_colour` draws them from its questions.
 """
 
 from collections.abc import Iterable
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -122,7 +123,8 @@ def load_easy_vqa(
     cache_dir: see `cache.cached_images`.
 
   Returns:
-    Training and test images; the name of an image is its id. Its dialogues are
+    Training and test images (training images that small sizes make equal to a
+    test image are left out); the name of an image is its id. Its dialogues are
     its published questions, one turn each; where shape and colour both follow
     from them ("a blue rectangle") there is a caption and a label.
 
@@ -156,7 +158,15 @@ def load_easy_vqa(
         tuple(_easy_vqa_annotation(pairs) for pairs in asked.values()),
       )
     )
-  return splits[0], splits[1]
+  train, test = splits
+  tested = {item["digest"] for item in test.items}
+  kept = [i for i, x in enumerate(train.items) if x["digest"] not in tested]
+  train = dataclasses.replace(
+    train,
+    items=tuple(train.items[i] for i in kept),
+    annotations=tuple(train.annotations[i] for i in kept),
+  )
+  return train, test
 
 
 def _easy_vqa_annotation(asked: Iterable[tuple[str, str]]) -> Annotation:
