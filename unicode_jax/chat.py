@@ -419,7 +419,11 @@ def run() -> None:
     1.0,
     "Of answers: only the likeliest tokens of this probability; 1 for all.",
   )
-  flags.DEFINE_integer("max_new_tokens", 64, "Of an answer's text, at most.")
+  flags.DEFINE_integer(
+    "max_new_tokens",
+    64,
+    "Of an answer, at most; raised to what a picture takes.",
+  )
   flags.DEFINE_float(
     "guidance",
     2.0,

@@ -570,6 +570,12 @@ _IMPOSSIBLE = (
     "instruct.tasks are all 0: give one of them a share",
   ),
   (
+    lambda c: 0 < c.instruct.yes_no_ratio < 1,
+    "instruct.yes_no_ratio={c.instruct.yes_no_ratio} would leave fewer of the "
+    "commoner answer than of the rarer: set it to 1 or more, or to 0 to keep "
+    "all questions",
+  ),
+  (
     lambda c: c.stage == "instruct" and c.instruct.segments > positions(c),
     "instruct.segments={c.instruct.segments} cuts an image of {positions} "
     "positions: set it to at most {positions}",
@@ -988,6 +994,10 @@ def resolve_links(
     try:
       config = apply_overrides(config, chosen)
       if before is not None:
+        if f"{name}.init_from" in overrides:
+          raise ConfigError(
+            f"init_from cannot be set: it is the run of the link {before!r}"
+          )
         config = apply_overrides(
           config, {"init_from": os.path.join(workdir, before)}
         )

@@ -526,7 +526,8 @@ def test_a_long_caption_to_draw_is_left_out_and_named(
   with caplog.at_level("INFO"):
     made = make(images, word_tokenizer, sequence_length=needed, **options)
   assert [e.item for e in made.groups[0].examples] == [0]
-  assert "1 too long, 1 of them left out" in caplog.text
+  assert "1 of 2 examples are longer" in caplog.text
+  assert ": 1 left out, the others cut short" in caplog.text
   with pytest.raises(
     config_lib.ConfigError, match="text_to_image: none of 2 examples"
   ):

@@ -4,6 +4,7 @@ Sequences are written as `WordTokenizer.read` reads them: `!` is learned by the
 loss, `#` is learned too and a code of a drawn image, `1+2` is one position.
 """
 
+import collections
 import itertools
 
 from hypothesis import given, strategies as st
@@ -331,3 +332,21 @@ def test_variants_know_the_longest_that_is_drawn(bpe, source):
       assert max(lengths) == max(map(length, example.variants()))
       differ += max(lengths) > length(example.conversation())
   assert differ == 2
+
+
+def test_balancing_leaves_few_answers_that_the_wording_gives_away():
+  asked = ("is it red?", "no"), ("is it red?", "yes"), ("what is it?", "dot")
+  common, rare, open_ = asked
+  # Of 1000 images 900 are not red; "is it big?" has one answer only.
+  questions = [
+    [rare if i % 10 == 0 else common, open_, ("is it big?", "yes")]
+    for i in range(1000)
+  ]
+  kept = tasks.balanced(questions, 2.0)
+  counts = collections.Counter(pair for pairs in kept for pair in pairs)
+  assert counts[rare] == 100 and counts[open_] == 1000
+  assert counts["is it big?", "yes"] == 1000
+  assert 150 < counts[common] < 250  # A hash decides.
+  assert kept == tasks.balanced(questions, 2.0)
+  for before, after in zip(questions, kept, strict=True):
+    assert [pair for pair in before if pair in after] == after

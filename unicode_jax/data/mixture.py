@@ -127,18 +127,25 @@ class TaskRows:
     self.max_images = max(
       sum(self.examples[i].item is not None for i in row) for row in self.rows
     )
+    title = f"{name} of {source.name}" if source else name
     logging.info(
-      "%s%s: %d examples in %d rows of %d, %.0f%% full; %d too long, %d of "
-      "them left out",
-      name,
-      f" of {source.name}" if source else "",
+      "%s: %d examples in %d rows of %d, %.0f%% full",
+      title,
       len(self.examples),
       len(self.rows),
       config.sequence_length,
       100 * sum(lengths) / (len(self.rows) * config.sequence_length),
-      cut,
-      len(examples) - len(self.examples),
     )
+    if cut:
+      logging.warning(
+        "%s: %d of %d examples are longer than text.sequence_length=%d: %d "
+        "left out, the others cut short",
+        title,
+        cut,
+        len(examples),
+        config.sequence_length,
+        len(examples) - len(self.examples),
+      )
 
   def _encode(self, conversation, first_slot) -> sequences.EncodedConversation:
     stand_ins = sequences.slots(

@@ -232,8 +232,8 @@ def balanced(
 
   Args:
     questions: (question, answer) pairs of each image.
-    ratio: of a question that is answered by yes or no, at most so many of the
-      commoner answer stay for each of the rarer, about.
+    ratio: at least 1. Of a question that is answered by yes and by no, at most
+      so many of the commoner answer stay for each of the rarer, about.
 
   Returns:
     The pairs of each image that stay; which ones is a hash of the image's

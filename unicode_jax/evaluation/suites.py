@@ -176,12 +176,11 @@ def load_data(
   config = config_lib.validate(
     config_lib.apply_overrides(loaded.config, overrides | gone)
   )
-  images = {k: v for k, v in config.data.items() if k != "codes"}
   text = None
   if loaded.text_tokenizer is not None:
     text = data_lib.TextConfig(**config.text)
   return data_lib.load_data(
-    data_lib.DataConfig(**images), text, config.image_size
+    data_lib.DataConfig(**config.data), text, config.image_size
   )
 
 

@@ -32,14 +32,13 @@ def load_data(
   Raises:
     ConfigError: If what the config names is not there or of no use.
   """
-  images = {k: v for k, v in config.data.items() if k != "codes"}
   text = None
   if with_text:
     text = data_lib.TextConfig(**config.text)
     if tokenizer_path is not None:
       text = dataclasses.replace(text, tokenizer_path=tokenizer_path)
   return data_lib.load_data(
-    data_lib.DataConfig(**images), text, config.image_size
+    data_lib.DataConfig(**config.data), text, config.image_size
   )
 
 

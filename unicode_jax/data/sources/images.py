@@ -40,17 +40,18 @@ def decode_image(
   Raises:
     OSError, ValueError, SyntaxError: Pillow cannot read it.
   """
-  with Image.open(file) as opened:
-    # JPEGs can be decoded at a fraction of their size, at no loss here.
-    opened.draft(None, (2 * image_size, 2 * image_size))
-    try:
-      image = ImageOps.exif_transpose(opened)
-    except Image.DecompressionBombError as error:
-      raise config_lib.ConfigError(str(error)) from error
-    image = ImageOps.fit(
-      _to_rgb(image), (image_size, image_size), Image.Resampling.BICUBIC
-    )
-    return np.asarray(image)
+  try:
+    with Image.open(file) as opened:
+      # JPEGs can be decoded at a fraction of their size, at no loss here.
+      opened.draft(None, (2 * image_size, 2 * image_size))
+      image = ImageOps.fit(
+        _to_rgb(ImageOps.exif_transpose(opened)),
+        (image_size, image_size),
+        Image.Resampling.BICUBIC,
+      )
+      return np.asarray(image)
+  except Image.DecompressionBombError as error:
+    raise config_lib.ConfigError(str(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
