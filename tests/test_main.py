@@ -140,6 +140,18 @@ def test_a_config_reaches_its_stage(arguments, printed):
   assert result.returncode == 0
 
 
+def test_a_chain_whose_start_is_gone_is_refused(tmp_path):
+  """Or what was trained from the old start would pass for the new one's."""
+  (tmp_path / "stage2").mkdir()
+  (tmp_path / "stage2" / "config.json").write_text("{}")
+  result = train(
+    "--config=configs/quickstart.py:debug", f"--workdir={tmp_path}"
+  )
+  assert result.returncode == 2 and result.stdout == ""
+  (line,) = result.stderr.splitlines()
+  assert "stage2 started from" in line and "remove it too" in line
+
+
 def test_a_saved_config_is_a_config(tmp_path):
   from unicode_jax import config as config_lib
 

@@ -123,6 +123,7 @@ def _evaluate(workdir: pathlib.Path, names: tuple[str, ...]) -> None:
     suites.Settings(suites=names),
     out,
     say=functools.partial(print, flush=True),
+    again=False,
   )
   print(f"report: {out / 'report.md'}")
 

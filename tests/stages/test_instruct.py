@@ -160,6 +160,8 @@ def test_what_is_logged(runs, vision):
       name.split("/")[2] for name in drawn if name.startswith("eval/")
     }
     assert tasks_drawn == set(tasks.DRAWING)
+    for title, prefixes in instruct.CURVES.items():
+      assert any(name.startswith(prefixes) for name in logged), title
   # Text is measured before and after (H10), like everything held out.
   evaluated = [row["step"] for row in rows if "eval/text_perplexity" in row]
   assert evaluated == [0, 4]

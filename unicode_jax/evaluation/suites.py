@@ -462,6 +462,8 @@ def evaluate(
   settings: Settings,
   out: Path,
   say: Callable[[str], None] = print,
+  *,
+  again: bool = True,
 ) -> dict[str, Any]:
   """Runs suites and writes results.json and report.md as each is done.
 
@@ -472,6 +474,8 @@ def evaluate(
     out: folder for the results. Suites that were not asked for stay in it, if
       they were measured with this checkpoint, data and settings.
     say: gets a line as each suite ends.
+    again: whether to measure anew what is there with this checkpoint, data and
+      settings.
 
   Returns:
     What results.json holds: {"run": facts, "suites": {suite: entry}}. An entry
@@ -495,6 +499,9 @@ def evaluate(
     )
   results = {"run": bench.facts, "suites": suites}
   for suite in settings.suites:
+    if suite in suites and not again:
+      say(f"{suite}: measured already")
+      continue
     reason = _cannot(bench, suite)
     if reason is not None:
       suites[suite] = {"identity": identity, "skipped": reason}

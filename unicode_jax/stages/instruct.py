@@ -27,7 +27,7 @@ from unicode_jax import (
 )
 from unicode_jax.data import code_cache, mixture as mixture_lib, tasks
 from unicode_jax.models import unicode as unicode_lib
-from unicode_jax.stages import runner
+from unicode_jax.stages import run_folder, runner
 from unicode_jax.training import (
   alarm as alarm_lib,
   instruct_step,
@@ -399,6 +399,8 @@ def run(config, workdir: pathlib.Path) -> None:
     with_text=True,
     tokenizer_path=str(loaded.workdir / loading.TEXT_TOKENIZER),
   )
+  fingerprint = loading.fingerprint(loaded.model, loaded.variables)
+  run_folder.check_start(workdir, fingerprint)
   codes = None
   folder = config.data.codes
   if folder == "auto":
@@ -414,7 +416,7 @@ def run(config, workdir: pathlib.Path) -> None:
     codes = code_cache.open_codes(
       folder,
       data.image_sources,
-      loading.fingerprint(loaded.model, loaded.variables),
+      fingerprint,
       flip=config.data.flip,
     )
   stage = InstructStage(config, data, loaded, codes)

@@ -1,5 +1,6 @@
 """The run folder: belongs to one config, which it keeps."""
 
+import os
 import pathlib
 
 from unicode_jax import config as config_lib
@@ -34,6 +35,9 @@ def check(workdir: pathlib.Path, config) -> None:
   if path.exists():
     old = config_lib.flatten(config_lib.from_json(path))
     new = config_lib.flatten(config)
+    for values in (old, new):  # However the same folder is named.
+      if values["init_from"] is not None:
+        values["init_from"] = os.path.realpath(values["init_from"])
     differing = [
       f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
       for key in sorted(old.keys() | new.keys())
@@ -59,6 +63,28 @@ def is_finished(workdir: pathlib.Path, config) -> bool:
   """
   check(workdir, config)
   return (workdir / "report.md").exists()
+
+
+def check_start(workdir: pathlib.Path, fingerprint: str) -> None:
+  """Checks that a run goes on from the start that it began with.
+
+  Args:
+    workdir: Run folder, checked; the first time, the fingerprint is kept there.
+    fingerprint: Of the tokenizer of the run to start from.
+
+  Raises:
+    ConfigError: If that run was trained anew in the meantime.
+  """
+  path = workdir / "start.txt"
+  if not path.exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(fingerprint + "\n")
+  elif path.read_text().strip() != fingerprint:
+    raise config_lib.ConfigError(
+      f"{workdir} was begun from another tokenizer than init_from has now, so "
+      "its ids mean something else: choose another --workdir, or restore that "
+      "run"
+    )
 
 
 def claim(workdir: pathlib.Path, config) -> None:

@@ -1,0 +1,81 @@
+"""The quickstart's debug preset: every link for real, and then again."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def run(workdir, *arguments):
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+  }
+  return subprocess.run(
+    [
+      *(sys.executable, "-m", "unicode_jax.main"),
+      "--config=configs/quickstart.py:debug",
+      f"--workdir={workdir}",
+      *arguments,
+    ],
+    cwd=ROOT,
+    env=environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("chain")
+  result = run(workdir, "--config.stage2.data.codes=auto")
+  assert result.returncode == 0, result.stderr
+  return workdir
+
+
+def checkpoints(workdir):
+  return {
+    str(path): path.stat().st_mtime_ns
+    for path in workdir.glob("*/checkpoints/*")
+  }
+
+
+def test_each_link_starts_from_the_one_before(chain):
+  configs = {
+    link: json.loads((chain / link / "config.json").read_text())
+    for link in ("warmup", "stage1", "stage2")
+  }
+  assert [c["stage"] for c in configs.values()] == [
+    "tokenizer",
+    "pretrain",
+    "instruct",
+  ]
+  assert configs["stage1"]["init_from"] == str(chain / "warmup")
+  assert configs["stage2"]["init_from"] == str(chain / "stage1")
+  assert (chain / "stage2/codes/manifest.json").is_file()
+  suites = json.loads((chain / "stage2/evaluation/results.json").read_text())
+  assert suites["suites"].keys() == {"reconstruction", "text"}
+
+
+def test_the_same_command_trains_nothing_again(chain):
+  before = checkpoints(chain)
+  result = run(chain, "--config.stage2.data.codes=auto")
+  assert result.returncode == 0, result.stderr
+  assert result.stdout.count("trained already") == 3
+  assert result.stdout.count("measured already") == 2
+  assert checkpoints(chain) == before
+
+
+def test_another_start_is_refused(chain):
+  (chain / "stage2/start.txt").write_text("another\n")
+  (chain / "stage2/report.md").unlink()  # As if it had been stopped.
+  result = run(chain, "--config.stage2.data.codes=auto")
+  assert result.returncode == 2
+  assert "another tokenizer" in result.stderr
