@@ -48,7 +48,6 @@ _STAGE2 = {
   "checkpoint_every": 400,
   "optimizer.instruct.learning_rate": 2e-3,
   "instruct.questions_per_image": 6,
-  "instruct.yes_no_ratio": 1.5,
   # Captions name shape and colour, which no single question does.
   "instruct.tasks.caption": 0.34,
   "instruct.tasks.vqa": 0.36,
