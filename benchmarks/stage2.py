@@ -5,7 +5,8 @@ r"""The stage II page: what the quickstart's model reads, draws and remembers.
   python benchmarks/stage2.py --runs runs/quickstart --doc=docs/stage2.md
 
 It trains nothing: it reads the links' metrics.jsonl and stage2/evaluation of
-each run and writes tables, with the pictures copied beside. A run that has no
+each run and writes tables below a marked line of the page, with the pictures
+copied beside; what is above that line stays. A run that has no
 stage I of its own (another mixture from the same start) is named by the folder
 of its stage II.
 """
@@ -18,6 +19,7 @@ import shutil
 from unicode_jax.training import metrics as metrics_lib
 
 LINKS = ("warmup", "stage1", "stage2")
+MARK = "<!-- tables: benchmarks/stage2.py -->"
 PICTURES = ("drawn_easy_vqa_test", "answers_easy_vqa_test", "drawn_openmoji")
 
 
@@ -161,14 +163,10 @@ def main() -> None:
     "--doc", type=pathlib.Path, default=pathlib.Path("docs/stage2.md")
   )
   arguments = parser.parse_args()
-  lines = [
-    "# Stage II on the embedded data",
-    "",
-    "`python -m unicode_jax.main --config=configs/quickstart.py`, then `python "
-    'benchmarks/stage2.py --runs RUN`. 2 CPU cores. "Blind" answers each with '
-    "the commonest training answer to it, the picture unseen.",
-    "",
-  ]
+  written = arguments.doc.read_text(encoding="utf-8")
+  if MARK not in written:
+    parser.error(f"{arguments.doc} has no line {MARK}: tables go below it")
+  lines = [written.partition(MARK)[0] + MARK, ""]
   for run in arguments.runs:
     lines += tables(run)
     pictures = stage_two(run) / "evaluation/pictures"

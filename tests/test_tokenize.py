@@ -17,6 +17,7 @@ from configs import instruct as instruct_config, pretrain as pretrain_config
 from unicode_jax import (
   config as config_lib,
   data as data_lib,
+  encoding,
   loading,
   sharding,
   tokenize,
@@ -203,7 +204,7 @@ def test_stage_two_has_the_fingerprint_of_its_start(paradigm):
   valid = np.arange(320) >= 261
   model, variables = make_variables(config, valid)
   before = loading.fingerprint(model, variables)
-  frozen = tokenize.frozen_tokenizer(model, variables)
+  frozen = encoding.frozen_tokenizer(model, variables)
   assert loading.fingerprint(*frozen) == before
   loaded = loading.Loaded(config, model, variables, None, pathlib.Path("."), 2)
   second = config_lib.apply_overrides(
@@ -274,11 +275,11 @@ def test_a_private_codebook_and_one_that_was_never_trained():
     TINY | {"stage": "tokenizer", "codebook.paradigm": "private"},
   )
   model, variables = make_variables(config, np.ones(320, bool))
-  frozen = tokenize.frozen_tokenizer(model, variables)
+  frozen = encoding.frozen_tokenizer(model, variables)
   assert loading.fingerprint(*frozen) == loading.fingerprint(model, variables)
   state = {**variables.codebook_state, "gain": jnp.zeros(model.depth)}
   with pytest.raises(config_lib.ConfigError, match="no gains yet"):
-    tokenize.frozen_tokenizer(model, variables.replace(codebook_state=state))
+    encoding.frozen_tokenizer(model, variables.replace(codebook_state=state))
 
 
 def test_training_from_codes_is_training_from_pixels(start, tmp_path):
@@ -306,7 +307,7 @@ def test_training_from_codes_is_training_from_pixels(start, tmp_path):
     train_texts=data.train_texts[:40],
     heldout_texts=data.heldout_texts[:8],
   )
-  model, variables = tokenize.frozen_tokenizer(loaded.model, loaded.variables)
+  model, variables = encoding.frozen_tokenizer(loaded.model, loaded.variables)
   made_by = loading.fingerprint(loaded.model, loaded.variables)
   writer = code_cache.CodeWriter(
     tmp_path / "codes",
@@ -315,7 +316,7 @@ def test_training_from_codes_is_training_from_pixels(start, tmp_path):
     images_per_shard=16,
   )
   writer.prepare()
-  encoder = tokenize.Encoder(model, variables, flip=True, batch_size=16)
+  encoder = encoding.Encoder(model, variables, flip=True, batch_size=16)
   for shard in writer.missing():
     writer.write(shard, encoder.shard(shard))
   writer.finish()
