@@ -22,6 +22,17 @@ import pytest
 IMAGES = 120
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+  """Frees a file's compiled programs when its tests are done.
+
+  Each takes memory maps, of which Linux grants a process 65530; the compiler
+  crashes beyond. What another file needs too is read from the cache.
+  """
+  yield
+  jax.clear_caches()
+
+
 def pytest_configure(config):
   folder = tempfile.TemporaryDirectory(prefix="unicode_jax_tests_")
   config.add_cleanup(folder.cleanup)
