@@ -74,7 +74,7 @@ PRESETS = {
   "debug": {
     "warmup": {"num_steps": 4},
     "stage1": {},
-    "stage2": {"evaluate": "reconstruction,text"},
+    "stage2": {"evaluate": "text"},
   },
 }
 
