@@ -82,9 +82,9 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
     logging.set_verbosity(logging.WARNING)
   # JAX takes seconds to import.
   from unicode_jax import inference  # pylint: disable=g-import-not-at-top
-  from unicode_jax.evaluation import suites  # pylint: disable=g-import-not-at-top
+  from unicode_jax.evaluation import bench, suites  # pylint: disable=g-import-not-at-top
 
-  settings = suites.Settings(
+  settings = bench.Settings(
     suites=names,
     max_images=_MAX_IMAGES.value,
     seed=_SEED.value,
@@ -92,7 +92,7 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
     features=tuple(_FEATURES.value.split(",")),
   )
   model = inference.load(workdir, _STEP.value)
-  data = suites.load_data(model.loaded, overrides)
+  data = bench.load_data(model.loaded, overrides)
   out = pathlib.Path(_OUT.value) if _OUT.value else workdir / "evaluation"
   suites.evaluate(
     model, data, settings, out, say=functools.partial(print, flush=True)

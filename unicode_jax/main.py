@@ -114,13 +114,14 @@ def _suites(config) -> tuple[str, ...]:
 def _evaluate(workdir: pathlib.Path, names: tuple[str, ...]) -> None:
   """Evaluates a finished run into its own folder."""
   inference = importlib.import_module("unicode_jax.inference")
+  bench = importlib.import_module("unicode_jax.evaluation.bench")
   suites = importlib.import_module("unicode_jax.evaluation.suites")
   model = inference.load(workdir)
   out = workdir / "evaluation"
   suites.evaluate(
     model,
-    suites.load_data(model.loaded, {}),
-    suites.Settings(suites=names),
+    bench.load_data(model.loaded, {}),
+    bench.Settings(suites=names),
     out,
     say=functools.partial(print, flush=True),
     again=False,

@@ -1,0 +1,96 @@
+"""What a model of stage II finds likely where the right tokens are given.
+
+Held-out examples in rows, as training's own evaluation makes them, and one pass
+over each: nats and hits of every token, without any sampling. So the language
+suite reads texts, and the VQA suite a model that cannot be sampled from.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from unicode_jax import loading
+from unicode_jax.data import mixture as mixture_lib, sequences, sources, tasks
+from unicode_jax.evaluation.bench import Bench, HeldOut
+from unicode_jax.training import instruct_step
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def nats_and_hits(model, variables, batch):
+  """Returns nats and hits of every position of a batch of `data.mixture`."""
+  groups = {
+    name: variables.params[name] for name in instruct_step.trained_groups(model)
+  }
+  _, aux = instruct_step.instruct_loss(model, groups, variables, batch)
+  return aux["nll"], aux["hits"]
+
+
+def answers(
+  bench: Bench, held: HeldOut, asked: Sequence[tuple[int, str, str]]
+) -> list[str]:
+  """Says the right answer where greedy decoding would, nothing elsewhere.
+
+  For a model that sampling does not serve: with the right answer before it,
+  every token must be the likeliest.
+  """
+  config = bench.loaded.config
+  examples = [
+    tasks.Example(i, ((question, answer),), reads=True)
+    for i, question, answer in asked
+  ]
+  batches, rows = _batches(bench, examples, held.source)
+  right = {}
+  for number, row in enumerate(rows.rows):
+    batch = batches[number // config.instruct.global_batch_size]
+    b = number % config.instruct.global_batch_size
+    if b == 0:
+      _, hits = nats_and_hits(bench.loaded.model, bench.loaded.variables, batch)
+      hits = np.asarray(hits)
+    missed = (batch["loss_mask"][b] > 0) & (hits[b] < 0.5)
+    for segment, i in enumerate(row, 1):
+      example = rows.examples[i]
+      exact = not missed[batch["segment_ids"][b] == segment].any()
+      right[example.item, example.turns[0][0]] = exact
+  return [a if right.get((i, q), False) else "" for i, q, a in asked]
+
+
+def _batches(
+  bench: Bench,
+  examples: Sequence[tasks.Example],
+  source: sources.ImageSource,
+):
+  """Packs examples into batches as training does; also returns the rows."""
+  loaded = bench.loaded
+  config = mixture_config(loaded, loaded.layout, loaded.config)
+  mixture = mixture_lib.Mixture(
+    [source],
+    bench.data.heldout_texts,
+    loaded.text_tokenizer,
+    dataclasses.replace(config, source_weights=(1.0,)),
+  )
+  rows = mixture_lib.TaskRows(
+    "vqa", examples, loaded.text_tokenizer, config, source
+  )
+  mixture.groups = [rows]
+  mixture.max_images = max(1, rows.max_images)
+  size = loaded.config.instruct.global_batch_size
+  return mixture_lib.fixed_batches(mixture, 0, size), rows
+
+
+def mixture_config(
+  loaded: loading.Loaded, layout: sequences.SequenceFormat, config
+) -> mixture_lib.MixtureConfig:
+  """Returns how held-out rows are made, as training's own evaluation does."""
+  return mixture_lib.MixtureConfig(
+    weights={"text": 1.0},
+    source_weights=(),
+    layout=dataclasses.replace(layout, codes_shift=0),
+    sequence_length=config.text.sequence_length,
+    positions=loaded.model.num_positions,
+    first_slot=loaded.model.llama.vocab_size,
+    questions_per_image=1,
+    flip=False,
+  )
