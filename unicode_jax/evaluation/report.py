@@ -173,6 +173,12 @@ def _share(value: float | None) -> str:
   return "-" if value is None else f"{100 * value:.1f} %"
 
 
+def _share_of(value: float, count: int) -> str:
+  """Returns a share of `count` cases with its binomial standard error."""
+  error = math.sqrt(value * (1 - value) / count)
+  return f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
 def _number(value: float | str | None, digits: int = 3) -> str:
   if value is None:
     return "-"
@@ -255,15 +261,24 @@ def _generation(results) -> list[str]:
     attributes = judged["attributes"]
     rows = [
       [kind, values["count"]]
-      + [_share(values["by_attribute"][a]) for a in attributes]
-      + [_share(values["all"])]
+      + [
+        _share_of(right, values["count"])
+        for right in (
+          *(values["by_attribute"][a] for a in attributes),
+          values["all"],
+        )
+      ]
       for kind, values in judged["pictures"].items()
     ]
+    guess = [judged["guess"][a] for a in attributes]
+    rows.append(["a guess", "-", *map(_share, (*guess, math.prod(guess)))])
     columns = ("judged", "pictures", *(f"{a} right" for a in attributes))
     lines += [
       f"{name}: drawings of each of {judged['labels']} captions, judged by a "
       "classifier trained on the real training pictures; what it says of real "
-      "and of reconstructed pictures is the ceiling.",
+      "and of reconstructed pictures is the ceiling, a guess among the values "
+      "of each attribute the floor. ± is the binomial standard error, 0 where "
+      "all or none are right.",
       "",
       *table((*columns, "all right"), rows),
     ]
