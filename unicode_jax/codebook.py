@@ -57,8 +57,6 @@ class CodebookConfig:
     depth: codes per position; one gain is kept for each.
     projection: one of `PROJECTIONS`, how P begins. "pca": the directions of
       the largest variance of the valid rows; "random": orthonormal columns.
-    embedding_boost: how much larger a fresh LLM's table begins in its first
-      `code_dim` dimensions, which a "pca" projection then finds.
     l2_normalize: whether the rows are made unit vectors before their use.
     sync_decay: lambda of `sync`, the share of C that one sync leaves.
     update_rule: one of `UPDATES`, what trains the table.
@@ -72,7 +70,6 @@ class CodebookConfig:
   code_dim: int = 16
   depth: int = 4
   projection: str = "pca"
-  embedding_boost: float = 1.0
   l2_normalize: bool = True
   sync_decay: float = 0.9
   update_rule: str = "gradient"

@@ -111,6 +111,9 @@ def default_config() -> ConfigDict:
   data.weights = (0.5, 0.5)
   # Share of the images that is never trained on. easy-VQA brings its own split.
   data.heldout_fraction = 0.1
+  # Share of the training images that is kept from training and evaluated in
+  # place of the held-out ones, which stay unseen: to choose settings by.
+  data.validation_fraction = 0.0
   # Augmentation: mirror half of the images; crop a random square of at least
   # this share of the area (1 crops nothing).
   data.flip = True
@@ -182,10 +185,6 @@ def default_config() -> ConfigDict:
   codebook.code_dim = 16
   # Map P from the LLM's table to code_dim: "pca", "random" or "identity".
   codebook.projection = "pca"
-  # How much larger a fresh LLM's table begins in code_dim of its dimensions
-  # than in the others. The rows that the LLM reads then tell codes apart by
-  # what the quantizer sees; 1 makes no difference between dimensions.
-  codebook.embedding_boost = 1.0
   # Rows of unit length, hence selection by cosine.
   codebook.l2_normalize = True
   # Language-driven sync, C <- decay C + (1 - decay) V(E), and its period in
@@ -209,6 +208,8 @@ def default_config() -> ConfigDict:
   llm.num_kv_heads = 2
   llm.head_dim = 32
   llm.mlp_dim = 512
+  # Of the rows of a fresh table; 0.02 is usual for large models.
+  llm.embedding_std = 0.02
   llm.rope_theta = 10000.0
   # Llama 3.1's stretch of the low frequencies: a factor of 1 is none; positions
   # before the stretch, and between which wavelengths it blends in.
@@ -271,6 +272,9 @@ def default_config() -> ConfigDict:
   tasks.decompression = 0.1
   tasks.caption = 0.1
   tasks.vqa = 0.4
+  # Questions about images of which only the caption is shown: for an LLM that
+  # is new to questions, the cheap way to learn what they ask.
+  tasks.described = 0.0
   tasks.text_to_image = 0.2
   tasks.class_conditional = 0.05
   tasks.unconditional = 0.05
@@ -294,6 +298,8 @@ def default_config() -> ConfigDict:
     adamw.b2 = 0.95
     # Largest global gradient norm.
     adamw.clip_norm = clip_norm
+    # Learning rate of the embedding table, as a multiple of the others'.
+    adamw.embedding_factor = 1.0
 
   config.alarm = alarm = ConfigDict()
   # Collapse alarm at depth 1: share of valid codes in use, perplexity in codes.
@@ -359,6 +365,7 @@ _RANGES = (
     1e-12,
     math.inf,
     (
+      "llm.embedding_std",
       "llm.rope_theta",
       "llm.rope_scaling.*_factor",
       "llm.norm_eps",
@@ -366,8 +373,8 @@ _RANGES = (
     ),
   ),
   (1, math.inf, ("llm.rope_scaling.factor",)),
-  (1, math.inf, ("codebook.embedding_boost",)),
   (0.01, 0.9, ("*.heldout_fraction",)),
+  (0, 0.9, ("data.validation_fraction",)),
   (0.01, 1, ("data.crop_scale",)),
 )
 
@@ -694,6 +701,7 @@ INHERITED = {
   "pretrain": (
     "image_size",
     "data.heldout_fraction",
+    "data.validation_fraction",
     "tokenizer",
     "codebook.code_dim",
     "codebook.l2_normalize",
@@ -701,6 +709,7 @@ INHERITED = {
   "instruct": (
     "image_size",
     "data.heldout_fraction",
+    "data.validation_fraction",
     "text.tokenizer_path",
     "text.vocab_size",
     "text.heldout_fraction",

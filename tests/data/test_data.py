@@ -77,6 +77,34 @@ def test_tokenizer_learns_from_training_text_only(embedded, monkeypatch):
     assert data.sequences.conversation_text(conversation) not in text
 
 
+def test_validation_takes_training_images_and_leaves_the_heldout(
+  embedded, cache_dir
+):
+  config_of = data.DataConfig(cache_dir=str(cache_dir), validation_fraction=0.2)
+  loaded = data.load_data(config_of, None, 16)
+  assert list(loaded.heldout_images) == [
+    "openmoji_train_validation",
+    "easy_vqa_train_validation",
+  ]
+  for before, left, taken in zip(
+    embedded.image_sources, loaded.image_sources, loaded.heldout_sources
+  ):
+    assert left.name == before.name
+    known = {x["name"]: a for x, a in zip(before.items, before.annotations)}
+    for side in (left, taken):
+      names = [item["name"] for item in side.items]
+      assert [known[name] for name in names] == list(side.annotations)
+    assert len(left) + len(taken) == len(before)
+    assert abs(len(taken) / len(before) - 0.2) < 0.03
+    assert not digests(left.images()) & digests(taken.images())
+    assert not {sources.untoned_name(x["name"]) for x in left.items} & {
+      sources.untoned_name(x["name"]) for x in taken.items
+    }
+  test = embedded.heldout_images["easy_vqa_test"]
+  for source in loaded.image_sources + loaded.heldout_sources:
+    assert not digests(source.images()) & digests(test)
+
+
 def test_order_and_choice_of_sources(cache_dir):
   both = data.DataConfig(
     embedded=("easy_vqa", "openmoji"),
@@ -145,6 +173,17 @@ def test_folder_adds_captions_to_chatterbot(folder, caplog):
     [t for t in trained if t.startswith("a picture of number")]
   ) == len(loaded.image_sources[0])
   assert len(loaded.train_texts) > 900
+
+
+def test_heldout_captions_are_no_training_captions(folder, tmp_path):
+  lines = [
+    {"image": f"{i}.png", "text": f"a picture of number {i % 2}"}
+    for i in range(30)
+  ]
+  (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+  loaded = data.load_data(folder, data.TextConfig(vocab_size=600), 8)
+  assert loaded.heldout_sources[0].annotations[0].captions
+  assert not set(loaded.train_texts) & set(loaded.heldout_texts)
 
 
 def test_folder_without_chatterbot(folder, monkeypatch, caplog):

@@ -48,6 +48,10 @@ PLAIN = {
     rf"<s> User : {READ} Is it red? \nAssistant : !yes !</s>"
     r" User : Or blue? \nAssistant : !no !</s>"
   ),
+  "described": (
+    r"<s> User : a red dot. Is it red? \nAssistant : !yes !</s>"
+    r" User : Or blue? \nAssistant : !no !</s>"
+  ),
   "dialogue": (
     rf"<s> User : {READ} What is it? \nAssistant : !a !dot !</s>"
     r" User : Sure? \nAssistant : !yes !, !sure !</s>"
@@ -78,6 +82,10 @@ VICUNA = {
   ),
   "vqa": (
     f"{PREAMBLE} USER : {READ} Is it red? ASSISTANT : !yes !</s>"
+    " USER : Or blue? ASSISTANT : !no !</s>"
+  ),
+  "described": (
+    f"{PREAMBLE} USER : a red dot. Is it red? ASSISTANT : !yes !</s>"
     " USER : Or blue? ASSISTANT : !no !</s>"
   ),
   "dialogue": (
@@ -117,6 +125,12 @@ CHATML = {
   ),
   "vqa": (
     rf"<|im_start|> user \n {READ} Is it red? <|im_end|> \n"
+    r" <|im_start|> assistant \n !yes !<|im_end|> \n"
+    r" <|im_start|> user \nOr blue? <|im_end|> \n"
+    r" <|im_start|> assistant \n !no !<|im_end|>"
+  ),
+  "described": (
+    r"<|im_start|> user \na red dot. Is it red? <|im_end|> \n"
     r" <|im_start|> assistant \n !yes !<|im_end|> \n"
     r" <|im_start|> user \nOr blue? <|im_end|> \n"
     r" <|im_start|> assistant \n !no !<|im_end|>"
@@ -213,6 +227,7 @@ def test_examples_of_what_is_known(source):
     "text_to_image": [0, 2, 2],
     "class_conditional": [0, 2],
     "vqa": [0, 0],
+    "described": [None],
   }
   said = [e.turns[0][1] for e in examples("caption", images)]
   assert said == ["a red dot", "x", "y"]
@@ -308,6 +323,19 @@ def test_the_image_stays_before_whatever_question_comes_first(source):
   assert draws == expected
 
 
+def test_the_caption_stays_before_whatever_question_comes_first(source):
+  questions = [((f"q{i}", f"a{i}"),) for i in range(3)]
+  said = sources.Annotation(("a dot", "red"), dialogues=tuple(questions))
+  (example,) = examples("described", source(said), questions=3)
+  rng = np.random.default_rng(0)
+  draws = {example.conversation(rng) for _ in range(200)}
+  expected = {
+    Conversation(((f"a dot. {first[0]}", first[1]), *rest))
+    for first, *rest in itertools.permutations(q[0] for q in questions)
+  }
+  assert draws == expected
+
+
 def test_variants_know_the_longest_that_is_drawn(bpe, source):
   """Tokens that join words make the order and the condition change lengths."""
   layout = sequences.SequenceFormat(depth=2)
@@ -325,7 +353,13 @@ def test_variants_know_the_longest_that_is_drawn(bpe, source):
   )
   rng = np.random.default_rng(0)
   differ = 0
-  for task in ("vqa", "text_to_image", "class_conditional", "caption"):
+  for task in (
+    "vqa",
+    "described",
+    "text_to_image",
+    "class_conditional",
+    "caption",
+  ):
     for example in examples(task, source(said), questions=4):
       drawn = {example.conversation(rng, 0.5) for _ in range(300)}
       lengths = {length(conversation) for conversation in drawn}

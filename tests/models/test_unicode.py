@@ -1,7 +1,5 @@
 """The model as a whole: codes are token ids, and codes are all it takes."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,21 +86,3 @@ def test_a_private_codebook_has_no_llm():
   assert "llm" not in variables.params
   assert model.embedding(variables.params) is None
   assert model.table(variables).shape == (NUM_CODES, 8)
-
-
-def test_a_boost_gives_the_codes_their_dimensions():
-  """A PCA finds the boosted dimensions, so codes are most of what is read."""
-  model = make_model("rq", 2, paradigm="frozen")
-  valid = jnp.ones(NUM_CODES, bool)
-  shares = []
-  for boost in (1.0, 8.0):
-    rules = dataclasses.replace(model.codebook, embedding_boost=boost)
-    boosted = dataclasses.replace(model, codebook=rules)
-    variables = boosted.init(jax.random.key(0), valid)
-    rows = np.asarray(boosted.embedding(variables.params), np.float64)
-    rows -= rows.mean(axis=0)
-    projection = np.asarray(variables.codebook_state["projection"], np.float64)
-    seen = rows @ projection @ np.linalg.pinv(projection)
-    shares.append(np.square(seen).sum() / np.square(rows).sum())
-  # 8 of 24 dimensions, 64 times the variance in them.
-  assert shares[0] < 0.75 and shares[1] > 0.95

@@ -351,6 +351,30 @@ def test_mixtures_that_cannot_be_made(shared, overrides, message):
     instruct.InstructStage(config, data, loaded)
 
 
+def test_a_start_without_gains(shared):
+  config, loaded, _ = shared
+  state = dict(loaded.variables.codebook_state)
+  state["gain"] = np.zeros_like(state["gain"])
+  untrained = dataclasses.replace(
+    loaded, variables=loaded.variables.replace(codebook_state=state)
+  )
+  model = loading.build_model(config)
+  with pytest.raises(config_lib.ConfigError, match="train its tokenizer"):
+    instruct.starting_variables(config, untrained, model)
+
+
+def test_another_template_is_said(shared, caplog):
+  config, loaded, _ = shared
+  model = loading.build_model(config)
+  earlier = make_config(config.init_from, **{"instruct.template": "chatml"})
+  variables = instruct.starting_variables(config, loaded, model)
+  earlier_run = dataclasses.replace(
+    loaded, config=earlier, variables=variables, model=model
+  )
+  instruct.starting_variables(config, earlier_run, model)
+  assert "trained with instruct.template='chatml'" in caplog.text
+
+
 def test_images_reach_the_step_as_stage_one_encoded_them(shared, runs):
   """Pixels of a batch give the codes that the stage-I model gives."""
   _, loaded, data = shared

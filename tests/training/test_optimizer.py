@@ -1,5 +1,8 @@
 """The learning rate's shape, and what is decayed."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -37,3 +40,31 @@ def test_only_matrices_decay():
     updates, state = adamw.update(zeros, state, params)
   assert np.all(np.asarray(updates["kernel"]) < 0)
   np.testing.assert_array_equal(updates["bias"], 0.0)
+
+
+def test_only_embeddings_take_larger_steps():
+  params = {
+    "llm": {
+      "embed_tokens": {"embedding": jnp.ones((3, 2))},
+      "lm_head": {"kernel": jnp.ones((2, 3))},
+    }
+  }
+  grads = jax.tree.map(lambda p: 0.1 * p, params)
+  found = {}
+  for factor in (1.0, 10.0):
+    adamw = optimizer.make_optimizer(
+      dataclasses.replace(CONFIG, embedding_factor=factor), 100
+    )
+    state = adamw.init(params)
+    for _ in range(3):
+      updates, state = adamw.update(grads, state, params)
+    found[factor] = updates["llm"]
+  assert np.all(np.asarray(found[1.0]["lm_head"]["kernel"]) < 0)
+  np.testing.assert_array_equal(
+    found[10.0]["lm_head"]["kernel"], found[1.0]["lm_head"]["kernel"]
+  )
+  np.testing.assert_allclose(
+    found[10.0]["embed_tokens"]["embedding"],
+    10 * found[1.0]["embed_tokens"]["embedding"],
+    rtol=1e-6,
+  )

@@ -48,6 +48,8 @@ class DataConfig:
     weights: share of each of those in the mixture, in any unit.
     heldout_fraction: share of each source that is held out; easy-VQA, and most
       of TFDS, bring their own split.
+    validation_fraction: share of the training images that is evaluated instead
+      of the held-out ones, and not trained on.
     flip: mirror half of the images.
     crop_scale: smallest area of a random crop as a share; 1 for none.
     num_workers: reading processes; 0 for a thread.
@@ -65,6 +67,7 @@ class DataConfig:
   embedded: tuple[str, ...] = EMBEDDED
   weights: tuple[float, ...] = (0.5, 0.5)
   heldout_fraction: float = 0.1
+  validation_fraction: float = 0.0
   flip: bool = True
   crop_scale: float = 1.0
   num_workers: int = 0
@@ -135,6 +138,10 @@ def load_data(
     ConfigError: a package is missing; says how to install it.
   """
   pairs, weights, texts = _sources(data, text, image_size)
+  if data.validation_fraction:
+    pairs = [
+      sources.validation(train, data.validation_fraction) for train, _ in pairs
+    ]
   train, heldout_sources = (tuple(side) for side in zip(*pairs))
   heldout = {source.name: source.images() for source in heldout_sources}
   for source in train + heldout_sources:
@@ -270,6 +277,9 @@ def _texts(
     )
     train = train + captions[0] + texts[0]
     heldout = heldout + captions[1] + texts[1]
+    # Two images may have one caption.
+    trained = set(train)
+    heldout = [text for text in heldout if text not in trained]
   if not train or not heldout:
     raise config_lib.ConfigError(
       "there is no text to train and to evaluate the LLM on: run "

@@ -6,6 +6,7 @@ example into a conversation:
   decompression      image -> its codes, in segments, one turn each
   caption            image + "what is in the image?" -> text
   vqa                image + question -> answer, several to a conversation
+  described          caption + question -> answer: vqa without the image
   text_to_image      "Draw: a caption" -> image
   class_conditional  "Draw one of: a class" -> image
   unconditional      "Draw a picture." -> image
@@ -29,6 +30,7 @@ TASKS = (
   "decompression",
   "caption",
   "vqa",
+  "described",
   "text_to_image",
   "class_conditional",
   "unconditional",
@@ -66,6 +68,7 @@ class Example:
     item: number of the image in its source, None without one.
     turns: questions and answers.
     reads: whether the image comes before the first question.
+    caption: comes before the first question instead of the image.
     independent: whether the turns may change places.
     conditional: whether the first question may become the unconditional one.
   """
@@ -73,6 +76,7 @@ class Example:
   item: int | None
   turns: tuple[tuple[sequences.Parts, sequences.Parts], ...]
   reads: bool = False
+  caption: str | None = None
   independent: bool = False
   conditional: bool = False
 
@@ -117,6 +121,9 @@ class Example:
     if self.reads:
       question, answer = turns[0]
       turns = ((show(question), answer), *turns[1:])
+    if self.caption is not None:
+      question, answer = turns[0]
+      turns = ((describe(self.caption, question), answer), *turns[1:])
     return sequences.Conversation(turns)
 
 
@@ -124,6 +131,11 @@ def show(question: sequences.Parts) -> sequences.Parts:
   """Puts the image before a question."""
   parts = (question,) if isinstance(question, str) else question
   return (_WHOLE, *parts)
+
+
+def describe(caption: str, question: str) -> str:
+  """Puts a caption before a question, in place of the image."""
+  return f"{caption}. {question}"
 
 
 def decompression_spans(
@@ -190,28 +202,35 @@ def image_examples(
       for i, known in enumerate(source.annotations)
       if known.label is not None
     ]
-  if task != "vqa":
+  if task not in ("vqa", "described"):
     raise ValueError(f"there is no task {task!r} about images: {TASKS}")
-  examples = []
   singles = [
     [d[0] for d in known.dialogues if len(d) == 1]
     for known in source.annotations
   ]
   if yes_no_ratio:
     singles = balanced(singles, yes_no_ratio)
+  examples = []
   for i, (known, single) in enumerate(
     zip(source.annotations, singles, strict=True)
   ):
+    if task == "described" and not known.captions:
+      continue
     # So that questions that are neighbours in the data need not be here.
     order = np.random.default_rng(i).permutation(len(single))
     for start in range(0, len(single), questions_per_image):
       turns = tuple(
         single[j] for j in order[start : start + questions_per_image]
       )
-      examples.append(Example(i, turns, reads=True, independent=True))
-    examples += [
-      Example(i, tuple(d), reads=True) for d in known.dialogues if len(d) > 1
-    ]
+      examples.append(
+        Example(i, turns, reads=True, independent=True)
+        if task == "vqa"
+        else Example(None, turns, caption=known.captions[0], independent=True)
+      )
+    if task == "vqa":
+      examples += [
+        Example(i, tuple(d), reads=True) for d in known.dialogues if len(d) > 1
+      ]
   return examples
 
 

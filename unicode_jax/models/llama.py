@@ -49,6 +49,9 @@ class LlamaConfig:
     rope_theta: base of the rotary wavelengths.
     rope_scaling: Llama 3.1's context stretch, or None.
     norm_eps: of every RMSNorm.
+    embedding_std: of the rows of a fresh embedding table. What a layer adds to
+      a row is of size 0.1 or so, whatever the row: behind a much smaller one
+      the layers above hardly see which token it was.
     tie_embeddings: the head is the embedding table.
     qkv_bias: biases on q, k and v (Qwen2).
     qk_norm: RMSNorm on the heads of q and k (Qwen3).
@@ -73,6 +76,7 @@ class LlamaConfig:
   rope_theta: float = 10000.0
   rope_scaling: rope.RopeScaling | None = None
   norm_eps: float = 1e-5
+  embedding_std: float = 0.02
   tie_embeddings: bool = False
   qkv_bias: bool = False
   qk_norm: bool = False
@@ -291,12 +295,12 @@ class Llama(nn.Module):
     )
     shared = rope.rope_table(positions, frequencies), queries, keys, start
 
-    small = nn.initializers.normal(0.02)
     K, E = config.vocab_size, config.embed_dim
-    embedding = _Weight((K, E), small, "embedding", name="embed_tokens")()
+    spread = nn.initializers.normal(config.embedding_std)
+    embedding = _Weight((K, E), spread, "embedding", name="embed_tokens")()
     head = embedding.T
     if not config.tie_embeddings:
-      head = _Weight((E, K), small, name="lm_head")()
+      head = _Weight((E, K), nn.initializers.normal(0.02), name="lm_head")()
     x_BTE = embed(embedding, token_ids, depth_weights)
     if extra_embedding is not None:
       x_BTE += extra_embedding

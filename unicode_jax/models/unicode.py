@@ -105,12 +105,7 @@ class UniCode:
     }
     if self.llama is not None:
       ids = jnp.zeros((1, 2, 1), jnp.int32)
-      llm = llama_lib.Llama(self.llama).init(keys[2], ids)["params"]
-      table = llm["embed_tokens"]["embedding"]
-      table = table.at[:, : self.codebook.code_dim].multiply(
-        self.codebook.embedding_boost
-      )
-      params["llm"] = {**llm, "embed_tokens": {"embedding": table}}
+      params["llm"] = llama_lib.Llama(self.llama).init(keys[2], ids)["params"]
     if self.vision == "projector":
       params["projector"] = self._projector().init(
         jax.random.fold_in(key, 4), features

@@ -12,6 +12,7 @@ import collections
 from collections.abc import Sequence
 import dataclasses
 import functools
+import logging
 import pathlib
 
 import jax
@@ -105,7 +106,8 @@ def starting_variables(config, loaded: loading.Loaded, model):
     Variables of stage II, as far as the run has them.
 
   Raises:
-    ConfigError: If it is a run of stage II with another baseline's model.
+    ConfigError: If it is a run of stage II with another baseline's model, or
+      one whose tokenizer was never trained.
   """
   if loaded.config.stage == "instruct":
     if loaded.model.vision != model.vision:
@@ -113,8 +115,21 @@ def starting_variables(config, loaded: loading.Loaded, model):
         f"init_from={config.init_from!r} was trained with instruct.vision="
         f"{loaded.model.vision!r}, not {model.vision!r}: start from stage I"
       )
+    template = loaded.config.instruct.template
+    if template != config.instruct.template:
+      logging.warning(
+        "init_from=%r was trained with instruct.template=%r, this run uses %r",
+        config.init_from,
+        template,
+        config.instruct.template,
+      )
     return loaded.variables
   variables = loaded.variables
+  if not np.all(np.asarray(variables.codebook_state["gain"]) > 0):
+    raise config_lib.ConfigError(
+      f"init_from={config.init_from!r} has not quantized an image yet (its "
+      "gains are 0): train its tokenizer first"
+    )
   params = dict(variables.params)
   params["codebook"], codebook_state = codebook_lib.freeze(
     params["codebook"],
@@ -150,9 +165,7 @@ def extend(
   table = llm["embed_tokens"]["embedding"]
   if rows > table.shape[0]:
     shape = rows - table.shape[0], table.shape[1]
-    new = 0.02 * jax.random.normal(keys[0], shape)
-    rules = model.codebook
-    new = new.at[:, : rules.code_dim].multiply(rules.embedding_boost)
+    new = model.llama.embedding_std * jax.random.normal(keys[0], shape)
     llm["embed_tokens"] = {"embedding": jnp.concatenate([table, new])}
     if "lm_head" in llm:
       new = 0.02 * jax.random.normal(keys[1], shape[::-1])
@@ -182,8 +195,9 @@ class InstructStage:
     Raises:
       ConfigError: If the data has nothing for the mixture.
     """
-    self.config, self.data, self._loaded = config, data, loaded
+    self.config, self.data = config, data
     self.model = loading.build_model(config)
+    self._start = starting_variables(config, loaded, self.model)
     self.valid = np.asarray(loaded.variables.valid)
     self.total_steps = config.num_steps
     self.alarm_config = alarm_lib.AlarmConfig(**config.alarm)
@@ -226,8 +240,14 @@ class InstructStage:
     )
 
   def start(self):
-    """Returns the variables of the run that this one starts from."""
-    return starting_variables(self.config, self._loaded, self.model)
+    """Hands over the variables to start from, which it then forgets.
+
+    A model is too large to be held beside its training for no use.
+    """
+    start, self._start = self._start, None
+    if start is None:
+      raise RuntimeError("a stage starts once: make another")
+    return start
 
   def init(self, key: jax.Array, start) -> state_lib.TrainState:
     """Puts the start into a training state."""
@@ -317,7 +337,7 @@ class InstructStage:
         total += sums
         counted = exact_answers(batch, hits)
         right, answers = right + counted.sum(), answers + len(counted)
-      if group.name in ("vqa", "caption", "text"):
+      if group.name in ("vqa", "described", "caption", "text"):
         result[f"eval/exact/{group_name(group)}"] = right / max(answers, 1)
     measured = _by_task(self.heldout, total)
     result |= {f"eval/{name}": value for name, value in measured.items()}
@@ -420,4 +440,5 @@ def run(config, workdir: pathlib.Path) -> None:
       flip=config.data.flip,
     )
   stage = InstructStage(config, data, loaded, codes)
+  del loaded  # The stage hands its variables over to training.
   runner.train_and_report(stage, config, workdir, mesh, CURVES)

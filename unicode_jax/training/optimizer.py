@@ -18,6 +18,9 @@ class OptimizerConfig:
     b1: Decay of the first moment, per step.
     b2: Decay of the second moment, per step.
     clip_norm: Largest global gradient norm.
+    embedding_factor: Learning rate of an LLM's embedding table, as a multiple
+      of the others'. Rows of size 1 need larger steps than matrices do (Yang
+      et al., arXiv 2203.03466); a tied head takes them too.
   """
 
   learning_rate: float
@@ -27,6 +30,7 @@ class OptimizerConfig:
   b1: float
   b2: float
   clip_norm: float
+  embedding_factor: float = 1.0
 
 
 def learning_rate_schedule(
@@ -56,7 +60,7 @@ def make_optimizer(
   Returns:
     An optax transformation; vectors and scalars are not decayed.
   """
-  return optax.chain(
+  steps = [
     optax.clip_by_global_norm(config.clip_norm),
     optax.adamw(
       learning_rate_schedule(config, num_steps),
@@ -65,4 +69,19 @@ def make_optimizer(
       weight_decay=config.weight_decay,
       mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params),
     ),
+  ]
+  if config.embedding_factor != 1.0:
+    steps.append(
+      optax.masked(optax.scale(config.embedding_factor), _embeddings)
+    )
+  return optax.chain(*steps)
+
+
+def _embeddings(params):
+  """Marks the embedding tables of LLMs."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: any(
+      getattr(key, "key", None) == "embed_tokens" for key in path
+    ),
+    params,
   )

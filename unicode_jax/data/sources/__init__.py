@@ -14,7 +14,6 @@ from unicode_jax.data.sources.embedded import (
   load_easy_vqa,
   load_openmoji,
   shape_and_colour,
-  untoned_name,
 )
 from unicode_jax.data.sources.folder import (
   CAPTION_QUESTION,
@@ -28,6 +27,8 @@ from unicode_jax.data.sources.source import (
   Annotation,
   ImageSource,
   is_heldout,
+  untoned_name,
+  validation,
 )
 from unicode_jax.data.sources.tfds import load_tfds
 
@@ -50,4 +51,5 @@ __all__ = [
   "load_tfds",
   "shape_and_colour",
   "untoned_name",
+  "validation",
 ]

@@ -31,6 +31,7 @@ from unicode_jax.data.sources.source import (
   ImageSource,
   is_heldout,
   split as split_source,
+  untoned_name,
 )
 
 # Everything that easy-VQA draws.
@@ -97,18 +98,6 @@ def load_openmoji(
     lambda item: is_heldout(untoned_name(item["name"]), heldout_fraction),
     {item["name"]: Annotation((item["name"],)) for item in cached.items},
   )
-
-
-def untoned_name(name: str) -> str:
-  """Removes skin tones from an emoji's name: the key of its split.
-
-  Couples of two tones say "person person" where those of one don't.
-  """
-  tone = r"(medium-light|medium-dark|light|medium|dark) skin tone"
-  bare = re.sub(rf"\b{tone}", "", name)
-  if bare != name:
-    bare = bare.replace("person person", "")
-  return " ".join(bare.split())
 
 
 def load_easy_vqa(

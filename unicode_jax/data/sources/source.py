@@ -12,6 +12,7 @@ import functools
 import hashlib
 import logging
 from pathlib import Path
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,6 +88,18 @@ class ImageSource:
   def images(self) -> np.ndarray:
     """Returns all images of the split in memory, uint8[n, S, S, 3]."""
     return self._pixels[[item["row"] for item in self.items]]
+
+
+def untoned_name(name: str) -> str:
+  """Removes skin tones from an emoji's name: the key of its split.
+
+  Couples of two tones say "person person" where those of one don't.
+  """
+  tone = r"(medium-light|medium-dark|light|medium|dark) skin tone"
+  bare = re.sub(rf"\b{tone}", "", name)
+  if bare != name:
+    bare = bare.replace("person person", "")
+  return " ".join(bare.split())
 
 
 def is_heldout(name: str, fraction: float) -> bool:
@@ -183,6 +196,50 @@ def pair(
     )
   )
   return train_source, heldout_source
+
+
+def validation(
+  train: ImageSource, fraction: float
+) -> tuple[ImageSource, ImageSource]:
+  """Takes a share of the training images to choose settings by.
+
+  Args:
+    train: images to train on.
+    fraction: share of the names, without skin tones, that is taken.
+
+  Returns:
+    What is left to train on, under the same name, and what was taken. Of images
+    that are equal, none is on both sides.
+
+  Raises:
+    ConfigError: a side without images.
+  """
+  chosen = {
+    item["digest"]
+    for item in train.items
+    if is_heldout(f"validation {untoned_name(item['name'])}", fraction)
+  }
+
+  def side(name, taken):
+    kept = [
+      i for i, x in enumerate(train.items) if (x["digest"] in chosen) == taken
+    ]
+    return dataclasses.replace(
+      train,
+      name=name,
+      items=tuple(train.items[i] for i in kept),
+      annotations=tuple(train.annotations[i] for i in kept),
+    )
+
+  left = side(train.name, False)
+  held = side(f"{train.name}_validation", True)
+  if not len(left) or not len(held):
+    raise config_lib.ConfigError(
+      f"{train.name}: {len(train)} training images are too few to take "
+      f"{fraction:.0%} of them for validation: change "
+      "config.data.validation_fraction"
+    )
+  return left, held
 
 
 def check_split(
