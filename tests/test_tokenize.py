@@ -22,7 +22,7 @@ from unicode_jax import (
   sharding,
   tokenize,
 )
-from unicode_jax.data import code_cache
+from unicode_jax.data import code_cache, views
 from unicode_jax.stages import instruct, run_folder, runner
 from unicode_jax.training import checkpoint, instruct_step, loop
 
@@ -104,7 +104,7 @@ def test_codes_are_those_of_training(start, pictures, tmp_path, capsys):
     tmp_path,
     [source],
     loading.fingerprint(loaded.model, loaded.variables),
-    flip=True,
+    views=views.views(True, 0),
   )
   assert len(list(tmp_path.glob("folder_train-*.array_record"))) == 3
   images = source.images()
@@ -129,7 +129,9 @@ def test_what_is_written_is_not_encoded_again(start, pictures, tmp_path):
   begun = code_cache.CodeWriter(
     tmp_path,
     [source],
-    code_cache.CodeFacts(made_by, 320, positions=4, depth=2, views=2),
+    code_cache.CodeFacts(
+      made_by, 320, positions=4, depth=2, views=views.views(True, 0)
+    ),
     images_per_shard=8,
   )
   begun.prepare()
@@ -292,6 +294,7 @@ def test_training_from_codes_is_training_from_pixels(start, tmp_path):
       "log_every": 1,
       "eval_every": 3,
       "checkpoint_every": 3,
+      "data.shift": 2,
       "instruct.tasks.class_conditional": 0,
       "instruct.tasks.unconditional": 0,
     },
@@ -309,19 +312,20 @@ def test_training_from_codes_is_training_from_pixels(start, tmp_path):
   )
   model, variables = encoding.frozen_tokenizer(loaded.model, loaded.variables)
   made_by = loading.fingerprint(loaded.model, loaded.variables)
+  seen = views.views(config.data.flip, config.data.shift)
   writer = code_cache.CodeWriter(
     tmp_path / "codes",
     data.image_sources,
-    code_cache.CodeFacts(made_by, 320, model.num_positions, model.depth, 2),
+    code_cache.CodeFacts(made_by, 320, model.num_positions, model.depth, seen),
     images_per_shard=16,
   )
   writer.prepare()
-  encoder = encoding.Encoder(model, variables, flip=True, batch_size=16)
+  encoder = encoding.Encoder(model, variables, seen, batch_size=16)
   for shard in writer.missing():
     writer.write(shard, encoder.shard(shard))
   writer.finish()
   readers = code_cache.open_codes(
-    writer.folder, data.image_sources, made_by, flip=config.data.flip
+    writer.folder, data.image_sources, made_by, views=seen
   )
   rows = {}
   for name, codes in (("pixels", None), ("codes", readers)):

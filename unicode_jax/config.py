@@ -114,9 +114,12 @@ def default_config() -> ConfigDict:
   # Share of the training images that is kept from training and evaluated in
   # place of the held-out ones, which stay unseen: to choose settings by.
   data.validation_fraction = 0.0
-  # Augmentation: mirror half of the images; crop a random square of at least
-  # this share of the area (1 crops nothing).
+  # Augmentation: mirror half of the images; move them by up to so many pixels
+  # each way, the edge repeated (stage II draws from 8 places, so that their
+  # codes can be kept); crop a random square of at least this share of the area
+  # (1 crops nothing; not in stage II).
   data.flip = True
+  data.shift = 0
   data.crop_scale = 1.0
   # Processes that read data beside the main one.
   data.num_workers = 0
@@ -341,6 +344,7 @@ _RANGES = (
     (
       "seed",
       "data.num_workers",
+      "data.shift",
       "llm.attention_block",
       "tokenizer.loss.disc_start",
       "codebook.restart_dead_after",

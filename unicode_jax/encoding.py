@@ -13,11 +13,14 @@ import time
 
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import codebook as codebook_lib, config as config_lib, loading
-from unicode_jax.data import code_cache, sources as sources_lib
+from unicode_jax.data import (
+  code_cache,
+  sources as sources_lib,
+  views as views_lib,
+)
 from unicode_jax.training import instruct_step
 
 
@@ -26,7 +29,7 @@ def encode_sources(
   sources: Sequence[sources_lib.ImageSource],
   out: str | os.PathLike[str],
   *,
-  flip: bool,
+  views: Sequence[views_lib.View],
   batch_size: int,
   images_per_shard: int | None = None,
 ) -> None:
@@ -36,7 +39,7 @@ def encode_sources(
     loaded: Run whose tokenizer encodes, of any stage.
     sources: Images.
     out: Folder for the codes; one that was begun is finished.
-    flip: Whether to encode mirror images too.
+    views: Of each image that are encoded.
     batch_size: Images at a time, over all processes.
     images_per_shard: In one file; None for the default.
 
@@ -50,7 +53,7 @@ def encode_sources(
     vocab_size=len(variables.valid),
     positions=model.num_positions,
     depth=model.depth,
-    views=2 if flip else 1,
+    views=tuple(views),
   )
   writer = code_cache.CodeWriter(
     out,
@@ -72,7 +75,7 @@ def encode_sources(
       print(f"{writer.folder} is finished: nothing to do")
     return
   missing = writer.missing(jax.process_index(), count)
-  encode = Encoder(model, variables, flip, batch_size // count)
+  encode = Encoder(model, variables, views, batch_size // count)
   progress = _Progress(sum(map(len, missing)), silent=not is_main)
   for shard in missing:
     writer.write(shard, map(progress.count, encode.shard(shard)))
@@ -124,13 +127,19 @@ def frozen_tokenizer(model, variables):
 class Encoder:
   """Encodes images batch by batch on all devices of this process."""
 
-  def __init__(self, model, variables, flip: bool, batch_size: int):
+  def __init__(
+    self,
+    model,
+    variables,
+    views: Sequence[views_lib.View],
+    batch_size: int,
+  ):
     """Places the tokenizer.
 
     Args:
       model: Of `frozen_tokenizer`.
       variables: Its variables.
-      flip: Whether to encode mirror images too.
+      views: Of each image that are encoded.
       batch_size: Images at a time, rounded up to fill the devices.
     """
     devices = jax.local_devices()
@@ -145,14 +154,12 @@ class Encoder:
     self._split = jax.sharding.NamedSharding(mesh, spec("data"))
     self._batch_size = -(-max(batch_size, 1) // len(devices)) * len(devices)
     self._variables = jax.device_put(variables, whole)
+    self._views = tuple(views)
 
     @functools.partial(jax.jit, out_shardings=whole)
     def encode(variables, images):
-      views = [images, images[:, :, ::-1]] if flip else [images]
       # What a step of training from pixels computes.
-      codes = instruct_step.batch_codes(
-        model, variables, {"images": jnp.stack(views, axis=1)}
-      )
+      codes = instruct_step.batch_codes(model, variables, {"images": images})
       shape = len(views), model.num_positions, model.depth
       return codes.reshape(-1, *shape)
 
@@ -169,8 +176,11 @@ class Encoder:
       computed; behind n of no meaning.
     """
     padding = [(0, self._batch_size - len(images))] + [(0, 0)] * 3
-    images = jax.device_put(np.pad(images, padding), self._split)
-    return self._encode(self._variables, images)
+    images = np.pad(images, padding)
+    seen = np.stack(
+      [views_lib.see(images, view) for view in self._views], axis=1
+    )
+    return self._encode(self._variables, jax.device_put(seen, self._split))
 
   def shard(self, shard) -> Iterator[np.ndarray]:
     """Yields the codes of a `code_cache.Shard`, int32[n, views, P, D] each."""

@@ -77,6 +77,7 @@ def encode_data_set(
       )
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax import data as data_lib, encoding, loading
+  from unicode_jax.data import views as views_lib
 
   loaded = loading.load(workdir)
   # The run's other settings are no concern of ours, such as paths of its start.
@@ -95,7 +96,7 @@ def encode_data_set(
     loaded,
     sources,
     out,
-    flip=config.data.flip,
+    views=views_lib.views(config.data.flip, config.data.shift),
     batch_size=config.data.global_batch_size,
     images_per_shard=images_per_shard,
   )

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import code_cache, sources as sources_lib
+from unicode_jax.data import code_cache, sources as sources_lib, views
 
 MADE_BY = "a" * 64
-FACTS = code_cache.CodeFacts(MADE_BY, 300, positions=2, depth=3, views=2)
+BOTH = views.views(flip=True, shift=0)
+FACTS = code_cache.CodeFacts(MADE_BY, 300, positions=2, depth=3, views=BOTH)
 
 
 def make_source(name, count, pixels="x"):
@@ -77,7 +78,7 @@ def test_codes_come_back(folder):
     "cats-00000-of-00001.array_record",
     "manifest.json",
   ]
-  readers = code_cache.open_codes(folder, SOURCES, MADE_BY, flip=True)
+  readers = code_cache.open_codes(folder, SOURCES, MADE_BY, views=BOTH)
   check(readers)
   assert len(list(readers[0])) == 7
   # As the docstring says, with nothing of ours.
@@ -175,17 +176,17 @@ def test_the_order_of_images_counts(folder):
     code_cache.open_codes(folder, [turned], MADE_BY)
 
 
-def test_mirror_images_that_are_not_there_are_refused(tmp_path):
-  facts = code_cache.CodeFacts(MADE_BY, 300, 2, 3, views=1)
+def test_views_that_are_not_there_are_refused(tmp_path):
+  facts = code_cache.CodeFacts(MADE_BY, 300, 2, 3, (views.AS_IS,))
   writer = make_writer(tmp_path, facts=facts)
   writer.prepare()
   for shard in writer.missing():
     writer.write(shard, [np.zeros((len(shard), 1, 2, 3), int)])
   writer.finish()
-  code_cache.open_codes(tmp_path, SOURCES, MADE_BY, flip=False)
+  code_cache.open_codes(tmp_path, SOURCES, MADE_BY)
   with pytest.raises(config_lib.ConfigError, match=r"config\.data\.flip"):
-    code_cache.open_codes(tmp_path, SOURCES, MADE_BY, flip=True)
-  with pytest.raises(config_lib.ConfigError, match=r"views=1.* have 2"):
+    code_cache.open_codes(tmp_path, SOURCES, MADE_BY, views=BOTH)
+  with pytest.raises(config_lib.ConfigError, match=r"views=\[.* have \["):
     make_writer(tmp_path)
 
 

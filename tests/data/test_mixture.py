@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import mixture, sequences, sources, tasks
+from unicode_jax.data import mixture, sequences, sources, tasks, views
 from unicode_jax.data.sequences import Conversation
 
 POSITIONS, DEPTH, FIRST_SLOT = 4, 2, 500
@@ -56,8 +56,8 @@ def codes_of(number, mirrored):
 
 
 def cached(source, first):
-  views = [[codes_of(first + i, m) for m in (0, 1)] for i in range(len(source))]
-  return np.array(views)
+  seen = [[codes_of(first + i, m) for m in (0, 1)] for i in range(len(source))]
+  return np.array(seen)
 
 
 def config(**options):
@@ -71,6 +71,7 @@ def config(**options):
       "first_slot": FIRST_SLOT,
       "segments": 2,
       "questions_per_image": 2,
+      "views": views.views(flip=True, shift=0),
     }
     | options
   )
@@ -151,7 +152,7 @@ def test_rows_hold_what_their_examples_say(
       for i, conversation in zip(group.rows[index], conversations):
         example = group.examples[i]
         # All that may be drawn of this very example.
-        views = (0, 1) if example.item is not None else (0,)
+        seen = (0, 1) if example.item is not None else (0,)
         possible = {
           as_key(
             sequences.encode_conversation(
@@ -162,7 +163,7 @@ def test_rows_hold_what_their_examples_say(
             )
           )
           for variant in example.variants()
-          for view in views
+          for view in seen
         }
         assert as_key(conversation) in possible
         met.append(i)
@@ -199,7 +200,7 @@ def test_pixels_and_codes_give_the_same_rows(pictures, word_tokenizer):
 
 
 def test_without_flips_nothing_is_mirrored(pictures, word_tokenizer):
-  made = make(pictures, word_tokenizer, flip=False)
+  made = make(pictures, word_tokenizer, views=(views.AS_IS,))
   for batch in take(iterate(made), 20):
     assert not any(
       v for row in batch["images"] for _, v in shown({"images": row})
@@ -325,7 +326,7 @@ def test_every_row_of_a_group_comes_once_an_epoch(pictures, word_tokenizer):
     codes=True,
     source_weights=(1.0, 0.0),
     sequence_length=32,
-    flip=False,
+    views=(views.AS_IS,),
   )
   (group,) = made.groups
   assert len(group) > 5
@@ -392,10 +393,10 @@ def test_fixed_batches_hold_rows_once_and_draw_nothing(
       ]
       assert_equal(rows[max_rows - 1], last)
     if number == 0:
-      views = [
+      mirrored = [
         v for b in batches for r in b["images"] for _, v in shown({"images": r})
       ]
-      assert not any(views)
+      assert not any(mirrored)
 
 
 def one_source(make_source, *annotations):
@@ -429,7 +430,7 @@ def test_the_last_turns_of_a_long_dialogue_are_left_out(
         source_weights=(1,),
         sequence_length=fits + spare,
         texts=(),
-        flip=False,
+        views=(views.AS_IS,),
       )
       row = made.row(0, 0, None)
       (found,) = said(row, [codes_of(0, 0)])

@@ -51,6 +51,7 @@ class DataConfig:
     validation_fraction: share of the training images that is evaluated instead
       of the held-out ones, and not trained on.
     flip: mirror half of the images.
+    shift: move them by up to so many pixels each way.
     crop_scale: smallest area of a random crop as a share; 1 for none.
     num_workers: reading processes; 0 for a thread.
   """
@@ -69,6 +70,7 @@ class DataConfig:
   heldout_fraction: float = 0.1
   validation_fraction: float = 0.0
   flip: bool = True
+  shift: int = 0
   crop_scale: float = 1.0
   num_workers: int = 0
 

@@ -8,12 +8,12 @@ same codes at every step. `CodeWriter` lays them out, `open_codes` reads them:
   easy_vqa_train-00001-of-00002.array_record
 
 A record is the codes [views, P, D] of one image in row-major order, in the
-smallest little-endian type that holds the vocabulary. The second view is the
-mirror image. Codes mean nothing without the tokenizer that made them, and
-nothing beside other images: both are hashed, and refused when they differ. A
-folder that is not finished has `unfinished.json` in place of the manifest, and
-whole shards only, so writing goes on where it stopped. How images become codes
-is not known here (`unicode_jax.tokenize`).
+smallest little-endian type that holds the vocabulary; the views are those of
+`data.views`, the image as it is first. Codes mean nothing without the tokenizer
+that made them, and nothing beside other images: both are hashed, and refused
+when they differ. A folder that is not finished has `unfinished.json` in place
+of the manifest, and whole shards only, so writing goes on where it stopped. How
+images become codes is not known here (`unicode_jax.tokenize`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,10 +31,10 @@ import grain
 import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import sources as sources_lib
+from unicode_jax.data import sources as sources_lib, views as views_lib
 
 # Raise it when the layout changes.
-_FORMAT = 1
+_FORMAT = 2
 _MANIFEST, _UNFINISHED = "manifest.json", "unfinished.json"
 _WRITING = ".writing-"
 # Shards are what is done again after an interruption, and what processes share
@@ -62,14 +62,14 @@ class CodeFacts:
     vocab_size: K; ids are below it.
     positions: P.
     depth: D.
-    views: 1, or 2 with the mirror image.
+    views: of every image, in order.
   """
 
   fingerprint: str
   vocab_size: int
   positions: int
   depth: int
-  views: int
+  views: tuple[views_lib.View, ...]
 
   @property
   def dtype(self) -> np.dtype:
@@ -79,7 +79,19 @@ class CodeFacts:
   @property
   def shape(self) -> tuple[int, int, int]:
     """Shape of an image's codes: views, P, D."""
-    return self.views, self.positions, self.depth
+    return len(self.views), self.positions, self.depth
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what a manifest says of them."""
+    facts = dataclasses.asdict(self)
+    return facts | {"views": [list(view) for view in self.views]}
+
+  @classmethod
+  def from_json(cls, manifest: dict[str, Any]) -> "CodeFacts":
+    """Reads them from a manifest."""
+    facts = {f.name: manifest[f.name] for f in dataclasses.fields(cls)}
+    views = tuple(views_lib.View(*view) for view in facts["views"])
+    return cls(**facts | {"views": views})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +145,7 @@ class CodeWriter:
     """
     self.folder, self.facts = Path(folder).expanduser(), facts
     self.shards: list[Shard] = []
-    self._plan = {"format": _FORMAT, **dataclasses.asdict(facts), "sources": []}
+    self._plan = {"format": _FORMAT, **facts.to_json(), "sources": []}
     for source in sources:
       count = -(-len(source) // images_per_shard)
       shards = [
@@ -313,7 +325,7 @@ class CodeReader:
     return len(self.records)
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Returns int32[views, P, D]: as it is and, if kept, mirrored."""
+    """Returns int32[views, P, D], of the views that the facts name."""
     if not 0 <= index < len(self):
       raise IndexError(f"image {index} of {len(self)}")
     codes = np.frombuffer(self.records[index], self.facts.dtype)
@@ -325,7 +337,7 @@ def open_codes(
   sources: Sequence[sources_lib.ImageSource],
   fingerprint: str,
   *,
-  flip: bool = False,
+  views: tuple[views_lib.View, ...] = (views_lib.AS_IS,),
 ) -> tuple[CodeReader, ...]:
   """Opens a folder of codes for the images that they were made of.
 
@@ -335,14 +347,14 @@ def open_codes(
     folder: what `CodeWriter` finished. It may hold other sources too.
     sources: the images.
     fingerprint: of the tokenizer that is trained with.
-    flip: whether mirror images are asked for.
+    views: that are asked for; there may be more behind them.
 
   Returns:
     The codes of each source, in the order of `sources`.
 
   Raises:
     ConfigError: no finished folder; codes of another tokenizer or of other
-      images; no mirror images; a shard that is missing or damaged.
+      images; other views; a shard that is missing or damaged.
   """
   folder = Path(folder).expanduser()
   path = folder / _MANIFEST
@@ -363,17 +375,12 @@ def open_codes(
   ]
   chosen = [kept[w["name"]] for w in wanted if w["name"] in kept]
   _check_same_images(folder, {"sources": chosen}, wanted)
-  facts = CodeFacts(
-    **{
-      field.name: manifest[field.name]
-      for field in dataclasses.fields(CodeFacts)
-    }
-  )
-  if flip and facts.views < 2:
+  facts = CodeFacts.from_json(manifest)
+  if facts.views[: len(views)] != tuple(views):
     raise config_lib.ConfigError(
-      f"config.data.codes={folder} has no mirror images, which "
-      "config.data.flip=True asks for: set it to False, or make codes with "
-      "--config.data.flip=True"
+      f"config.data.codes={folder} has other views of the images (mirrored, "
+      "moved) than config.data.flip and config.data.shift ask for: set them as "
+      "they were when the codes were made, or make codes with these"
     )
   for file, checksum in _checksums(folder, chosen):
     if not file.is_file():

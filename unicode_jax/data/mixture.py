@@ -3,8 +3,8 @@
 A row holds examples of one task and one source, packed side by side. Which
 examples share a row is planned once, so that rows have numbers: order, resuming
 and the share of each process work as in `pipeline`. What is drawn at random
-(order of questions, dropped conditions, mirror images) is drawn anew every time
-a row is served.
+(order of questions, dropped conditions, views of images) is drawn anew every
+time a row is served.
 
 A row says what it shows either by pixels or, with a code cache, by codes; the
 sequences themselves hold slots (`sequences.slots`), behind the LLM's
@@ -21,14 +21,20 @@ import grain
 import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import pipeline, sequences, sources as sources_lib, tasks
+from unicode_jax.data import (
+  pipeline,
+  sequences,
+  sources as sources_lib,
+  tasks,
+  views as views_lib,
+)
 
 
 class Codes(Protocol):
   """Codes of a source's images, in their order; see `code_cache`."""
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """Returns int32[views, P, D]: as it is and, if kept, mirrored."""
+    """Returns int32[views, P, D], in the order of `MixtureConfig.views`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +52,7 @@ class MixtureConfig:
     questions_per_image: questions of a conversation.
     yes_no_ratio: of `tasks.balanced`; 0 keeps every question.
     condition_dropout: chance that an image's condition is dropped.
-    flip: mirror half of the images.
+    views: what is drawn from for an image, its own first.
   """
 
   weights: Mapping[str, float]
@@ -59,7 +65,7 @@ class MixtureConfig:
   questions_per_image: int = 3
   yes_no_ratio: float = 0.0
   condition_dropout: float = 0.1
-  flip: bool = True
+  views: tuple[views_lib.View, ...] = (views_lib.AS_IS,)
 
 
 class _CachedEncoder:
@@ -190,7 +196,7 @@ class TaskRows:
 
   def build(
     self, index: int, rng: np.random.Generator | None
-  ) -> tuple[dict[str, np.ndarray], list[tuple[int, bool]]]:
+  ) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
     """Makes a row.
 
     Args:
@@ -199,7 +205,7 @@ class TaskRows:
 
     Returns:
       `sequences.pack_row`'s arrays, and the images that they have slots for:
-      number in the source, and whether mirrored.
+      number in the source, and number of the view.
     """
     config = self.config
     per_image = config.positions * config.layout.depth
@@ -215,8 +221,8 @@ class TaskRows:
         )
       )
       if example.item is not None:
-        mirrored = config.flip and rng is not None and rng.random() < 0.5
-        shown.append((example.item, mirrored))
+        view = 0 if rng is None else int(rng.integers(len(config.views)))
+        shown.append((example.item, view))
     row = sequences.pack_row(
       encoded, config.sequence_length, config.layout.depth
     )
@@ -320,14 +326,14 @@ class Mixture:
     if self.cached:
       width = self.config.positions * self.config.layout.depth
       row["codes"] = np.zeros((self.max_images, width), np.int32)
-      for place, (item, mirrored) in enumerate(shown):
-        row["codes"][place] = rows.codes[item][int(mirrored)].reshape(-1)
+      for place, (item, view) in enumerate(shown):
+        row["codes"][place] = rows.codes[item][view].reshape(-1)
       return row
     shape = self.max_images, self.image_size, self.image_size, 3
     row["images"] = np.zeros(shape, np.uint8)
-    for place, (item, mirrored) in enumerate(shown):
+    for place, (item, view) in enumerate(shown):
       image = rows.source[item]["image"]
-      row["images"][place] = image[:, ::-1] if mirrored else image
+      row["images"][place] = views_lib.see(image, self.config.views[view])
     return row
 
 

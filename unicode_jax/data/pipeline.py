@@ -18,7 +18,11 @@ import numpy as np
 from PIL import Image
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import sequences, sources as sources_lib
+from unicode_jax.data import (
+  sequences,
+  sources as sources_lib,
+  views as views_lib,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +36,25 @@ class RandomFlip(grain.transforms.RandomMap):
     if rng.random() < 0.5:
       return element
     return {**element, "image": element["image"][:, ::-1]}
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomShift(grain.transforms.RandomMap):
+  """Moves an image, its edge repeated.
+
+  Attributes:
+    shift: largest movement in either direction, pixels; all are as likely.
+  """
+
+  shift: int
+
+  def random_map(
+    self, element: dict[str, Any], rng: np.random.Generator
+  ) -> dict[str, Any]:
+    """Returns the element with its image, uint8[S, S, 3], moved."""
+    down, right = rng.integers(-self.shift, self.shift + 1, size=2)
+    view = views_lib.View(down=int(down), right=int(right))
+    return {**element, "image": views_lib.see(element["image"], view)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +96,7 @@ def image_iterator(
   global_batch_size: int,
   seed: int,
   flip: bool = True,
+  shift: int = 0,
   crop_scale: float = 1.0,
   process_index: int = 0,
   process_count: int = 1,
@@ -87,6 +111,7 @@ def image_iterator(
     global_batch_size: images per step, over all processes.
     seed: decides order and augmentation.
     flip: mirror half of the images.
+    shift: see `RandomShift`; 0 for none.
     crop_scale: see `RandomResizedCrop`; 1 for no crop.
     process_index: this process.
     process_count: number of processes; divides `global_batch_size`.
@@ -135,6 +160,8 @@ def image_iterator(
     dataset = dataset.random_map(RandomResizedCrop(crop_scale))
   if flip:
     dataset = dataset.random_map(RandomFlip())
+  if shift:
+    dataset = dataset.random_map(RandomShift(shift))
   dataset = shard(dataset, global_batch_size, process_index, process_count)
   dataset = dataset.map(lambda batch: {"image": to_float(batch["image"])})
   return iterate(dataset, num_workers)

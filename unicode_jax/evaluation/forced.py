@@ -92,5 +92,4 @@ def mixture_config(
     positions=loaded.model.num_positions,
     first_slot=loaded.model.llama.vocab_size,
     questions_per_image=1,
-    flip=False,
   )

@@ -26,7 +26,12 @@ from unicode_jax import (
   encoding,
   loading,
 )
-from unicode_jax.data import code_cache, mixture as mixture_lib, tasks
+from unicode_jax.data import (
+  code_cache,
+  mixture as mixture_lib,
+  tasks,
+  views as views_lib,
+)
 from unicode_jax.models import unicode as unicode_lib
 from unicode_jax.stages import run_folder, runner
 from unicode_jax.training import (
@@ -90,7 +95,7 @@ def mixture_config(
     questions_per_image=settings.questions_per_image,
     yes_no_ratio=settings.yes_no_ratio,
     condition_dropout=settings.condition_dropout,
-    flip=config.data.flip,
+    views=views_lib.views(config.data.flip, config.data.shift),
   )
 
 
@@ -220,7 +225,7 @@ class InstructStage:
         # As the published tests ask.
         questions_per_image=1,
         yes_no_ratio=0.0,
-        flip=False,
+        views=(views_lib.AS_IS,),
       ),
     )
     settings = optimizer_lib.OptimizerConfig(**config.optimizer["instruct"])
@@ -423,13 +428,14 @@ def run(config, workdir: pathlib.Path) -> None:
   run_folder.check_start(workdir, fingerprint)
   codes = None
   folder = config.data.codes
+  stage_views = views_lib.views(config.data.flip, config.data.shift)
   if folder == "auto":
     folder = workdir / "codes"
     encoding.encode_sources(
       loaded,
       data.image_sources,
       folder,
-      flip=config.data.flip,
+      views=stage_views,
       batch_size=config.data.global_batch_size,
     )
   if folder is not None:
@@ -437,7 +443,7 @@ def run(config, workdir: pathlib.Path) -> None:
       folder,
       data.image_sources,
       fingerprint,
-      flip=config.data.flip,
+      views=stage_views,
     )
   stage = InstructStage(config, data, loaded, codes)
   del loaded  # The stage hands its variables over to training.

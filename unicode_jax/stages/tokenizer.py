@@ -182,6 +182,7 @@ class TokenizerStage:
         global_batch_size=settings.global_batch_size,
         seed=self.config.seed,
         flip=settings.flip,
+        shift=settings.shift,
         crop_scale=settings.crop_scale,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
