@@ -135,6 +135,11 @@ def test_possible(overrides):
     ({"text.tokenizer_path": "nowhere"}, ["'nowhere'", "not a file"]),
     ({"data.embedded": "cifar"}, ["cifar", "openmoji"]),
     ({"data.embedded": "openmoji"}, ["weights=(0.5, 0.5)", "('openmoji',)"]),
+    ({"data.shift": 32}, ["data.shift=32", "image_size=32", "few pixels"]),
+    (
+      {"data.validation_fraction": 0.95},
+      ["validation_fraction=0.95", "between 0 and 0.9"],
+    ),
     ({"data.weights": "0,0"}, ["weights=(0.0, 0.0)", "not all"]),
     (
       {"codebook.sync_every": 0},

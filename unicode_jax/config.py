@@ -393,6 +393,11 @@ _HINTS = {
 # formatted with c (the config), grid, downsampling and codes.
 _IMPOSSIBLE = (
   (
+    lambda c: c.data.shift >= c.image_size,
+    "data.shift={c.data.shift} moves images of image_size={c.image_size} out "
+    "of sight: set it to a few pixels",
+  ),
+  (
     lambda c: c.image_size % downsampling(c),
     "image_size={c.image_size} is not a multiple of the tokenizer's "
     "downsampling {downsampling} (tokenizer.stem_patch="

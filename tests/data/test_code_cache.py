@@ -110,7 +110,7 @@ def test_a_reader_goes_to_worker_processes(folder):
   ("vocab_size", "dtype"), [(2**16, "<u2"), (2**16 + 1, "<u4")]
 )
 def test_the_largest_id_is_kept(tmp_path, vocab_size, dtype):
-  facts = code_cache.CodeFacts(MADE_BY, vocab_size, 1, 1, 1)
+  facts = code_cache.CodeFacts(MADE_BY, vocab_size, 1, 1, BOTH[:1])
   assert facts.dtype == np.dtype(dtype)
   source = make_source("cats", 1)
   writer = make_writer(tmp_path, [source], facts)
@@ -143,7 +143,7 @@ def test_another_tokenizer_is_refused(folder):
   message = f"another tokenizer.*{MADE_BY[:16]}.*bbbb.*another folder"
   with pytest.raises(config_lib.ConfigError, match=message):
     code_cache.open_codes(folder, SOURCES, "b" * 64)
-  other = code_cache.CodeFacts("b" * 64, 300, 2, 3, 2)
+  other = code_cache.CodeFacts("b" * 64, 300, 2, 3, BOTH)
   with pytest.raises(config_lib.ConfigError, match=message):
     make_writer(folder, facts=other)
 
@@ -233,7 +233,7 @@ def test_writing_goes_on_where_it_stopped(tmp_path):
   with pytest.raises(config_lib.ConfigError, match="--images_per_shard"):
     make_writer(tmp_path, images_per_shard=3)
   with pytest.raises(config_lib.ConfigError, match="another tokenizer"):
-    make_writer(tmp_path, facts=code_cache.CodeFacts("b" * 64, 300, 2, 3, 2))
+    make_writer(tmp_path, facts=code_cache.CodeFacts("b" * 64, 300, 2, 3, BOTH))
   before = [shard.path.stat().st_mtime_ns for shard in shards[:2]]
 
   second = make_writer(tmp_path)
@@ -281,7 +281,7 @@ def test_a_folder_of_other_things_is_left_alone(tmp_path):
 @pytest.mark.parametrize("text", ["{", "[]", '{"format": 0}'])
 def test_a_manifest_that_cannot_be_read(folder, text):
   path = folder / "manifest.json"
-  assert json.loads(path.read_text())["format"] == 1
+  assert json.loads(path.read_text())["format"] == 2
   path.write_text(text)
   with pytest.raises(config_lib.ConfigError, match="another folder"):
     code_cache.open_codes(folder, SOURCES, MADE_BY)

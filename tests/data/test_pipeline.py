@@ -133,6 +133,23 @@ def test_flip_mirrors_half(sources):
   assert (unflipped[:, 0, 0, 1] == 1).all()
 
 
+def test_shift_goes_everywhere_up_to_its_size(sources):
+  image = np.zeros((9, 9, 3), np.uint8)
+  image[4, 4] = 255
+  shift = pipeline.RandomShift(2)
+  rng = np.random.default_rng(0)
+  places = set()
+  for _ in range(500):
+    moved = shift.random_map({"image": image}, rng)["image"]
+    assert moved.shape == image.shape and moved.dtype == np.uint8
+    ((row, column),) = np.argwhere(moved[..., 0])
+    places.add((row - 4, column - 4))
+  assert places == {(r, c) for r in range(-2, 3) for c in range(-2, 3)}
+  still = np.concatenate(image_batches(sources, count=5, flip=False))
+  moved = np.concatenate(image_batches(sources, count=5, flip=False, shift=2))
+  assert still.shape == moved.shape and (still != moved).any()
+
+
 def test_crop_takes_at_least_its_share():
   # A ramp: the spread of a crop's values says how wide it is.
   ramp = np.repeat(np.arange(0, 256, 4, np.uint8)[None, :], 64, 0)
