@@ -111,8 +111,9 @@ def default_config() -> ConfigDict:
   data.weights = (0.5, 0.5)
   # Share of the images that is never trained on. easy-VQA brings its own split.
   data.heldout_fraction = 0.1
-  # Share of the training images that is kept from training and evaluated in
-  # place of the held-out ones, which stay unseen: to choose settings by.
+  # Share of the training images and texts that is kept from training and
+  # evaluated in place of the held-out ones, which stay unseen: to choose
+  # settings by.
   data.validation_fraction = 0.0
   # Augmentation: mirror half of the images; move them by up to so many pixels
   # each way, the edge repeated (stage II draws from 8 places, so that their
@@ -301,8 +302,9 @@ def default_config() -> ConfigDict:
     adamw.b2 = 0.95
     # Largest global gradient norm.
     adamw.clip_norm = clip_norm
-    # Learning rate of the embedding table, as a multiple of the others'.
-    adamw.embedding_factor = 1.0
+    if name in ("llm", "instruct"):
+      # Learning rate of the embedding table, as a multiple of the others'.
+      adamw.embedding_factor = 1.0
 
   config.alarm = alarm = ConfigDict()
   # Collapse alarm at depth 1: share of valid codes in use, perplexity in codes.
@@ -902,6 +904,10 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
+# Keys of earlier versions that changed nothing but how a model began.
+_RETIRED = ("codebook.embedding_boost",)
+
+
 def from_json(path: str | os.PathLike[str]) -> ConfigDict:
   """Reads a config that `to_json` wrote.
 
@@ -924,6 +930,8 @@ def from_json(path: str | os.PathLike[str]) -> ConfigDict:
       f"{path} holds {type(tree).__name__}, not a config object"
     )
   values = flatten(tree)
+  for key in _RETIRED:
+    values.pop(key, None)
   for key, value in values.items():
     _check_type(key, value)  # Text in JSON is text, not something to read.
   return apply_overrides(default_config(), values)

@@ -40,7 +40,7 @@ def encode_sources(
     sources: Images.
     out: Folder for the codes; one that was begun is finished.
     views: Of each image that are encoded.
-    batch_size: Images at a time, over all processes.
+    batch_size: Views of images at a time, over all processes.
     images_per_shard: In one file; None for the default.
 
   Raises:
@@ -102,12 +102,7 @@ def frozen_tokenizer(model, variables):
   Raises:
     ConfigError: If the tokenizer was never trained.
   """
-  if not (np.asarray(variables.codebook_state["gain"]) > 0).all():
-    # Each batch would be encoded with gains of its own.
-    raise config_lib.ConfigError(
-      "the tokenizer of this run has no gains yet, so an image has no codes of "
-      "its own: train it for some steps first"
-    )
+  check_trained(variables)
   params, state = variables.params["codebook"], variables.codebook_state
   rules = model.codebook
   if rules.paradigm != "private":
@@ -122,6 +117,16 @@ def frozen_tokenizer(model, variables):
       codebook_state=state,
     ),
   )
+
+
+def check_trained(variables) -> None:
+  """Raises ConfigError if the tokenizer of a model was never trained."""
+  if not (np.asarray(variables.codebook_state["gain"]) > 0).all():
+    # Each batch would be encoded with gains of its own.
+    raise config_lib.ConfigError(
+      "the tokenizer of this run has no gains yet, so an image has no codes of "
+      "its own: train it for some steps first"
+    )
 
 
 class Encoder:
@@ -140,7 +145,7 @@ class Encoder:
       model: Of `frozen_tokenizer`.
       variables: Its variables.
       views: Of each image that are encoded.
-      batch_size: Images at a time, rounded up to fill the devices.
+      batch_size: Views of images at a time, rounded up to fill the devices.
     """
     devices = jax.local_devices()
     mesh = jax.make_mesh(
@@ -152,7 +157,8 @@ class Encoder:
     spec = jax.sharding.PartitionSpec
     whole = jax.sharding.NamedSharding(mesh, spec())
     self._split = jax.sharding.NamedSharding(mesh, spec("data"))
-    self._batch_size = -(-max(batch_size, 1) // len(devices)) * len(devices)
+    size = max(batch_size // len(views), 1)
+    self._batch_size = -(-size // len(devices)) * len(devices)
     self._variables = jax.device_put(variables, whole)
     self._views = tuple(views)
 

@@ -227,7 +227,7 @@ def test_examples_of_what_is_known(source):
     "text_to_image": [0, 2, 2],
     "class_conditional": [0, 2],
     "vqa": [0, 0],
-    "described": [None],
+    "described": [None, None],
   }
   said = [e.turns[0][1] for e in examples("caption", images)]
   assert said == ["a red dot", "x", "y"]
@@ -325,7 +325,8 @@ def test_the_image_stays_before_whatever_question_comes_first(source):
 
 def test_the_caption_stays_before_whatever_question_comes_first(source):
   questions = [((f"q{i}", f"a{i}"),) for i in range(3)]
-  said = sources.Annotation(("a dot", "red"), dialogues=tuple(questions))
+  # Captions may be sentences.
+  said = sources.Annotation(("a dot.", "red"), dialogues=tuple(questions))
   (example,) = examples("described", source(said), questions=3)
   rng = np.random.default_rng(0)
   draws = {example.conversation(rng) for _ in range(200)}

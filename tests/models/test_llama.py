@@ -415,3 +415,12 @@ def test_impossible_settings_are_refused():
     run(params, draw_ids((2, 5)))
   with pytest.raises(ValueError, match="cache of 4"):
     run(params, draw_ids((2, 5, 1)), cache=llama.init_cache(TINY, 2, 4))
+
+
+def test_the_spread_of_a_fresh_table():
+  config = dataclasses.replace(TINY, embedding_std=0.5, tie_embeddings=False)
+  ids = jnp.zeros((1, 2, 1), jnp.int32)
+  params = llama.Llama(config).init(jax.random.key(0), ids)["params"]
+  table = params["embed_tokens"]["embedding"]
+  assert np.std(table) == pytest.approx(0.5, rel=0.05)
+  assert np.std(params["lm_head"]["kernel"]) == pytest.approx(0.02, rel=0.05)

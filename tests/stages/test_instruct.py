@@ -133,7 +133,10 @@ def test_separate_rows_are_added_behind_those_of_text(shared, runs):
   _, stage, state = runs["separate"]
   key = jax.random.key(0)
   old = loaded.variables.params["llm"]["embed_tokens"]["embedding"]
-  start = instruct.extend(stage.model, key, stage.start())
+  with pytest.raises(RuntimeError, match="starts once"):
+    stage.start()
+  start = instruct.starting_variables(stage.config, loaded, stage.model)
+  start = instruct.extend(stage.model, key, start)
   table = start.params["llm"]["embed_tokens"]["embedding"]
   rows = len(old)
   assert table.shape == (2 * rows, old.shape[1])
@@ -141,6 +144,12 @@ def test_separate_rows_are_added_behind_those_of_text(shared, runs):
   assert np.std(table[rows:]) == pytest.approx(0.02, rel=0.05)
   trained = state.variables.params["llm"]["embed_tokens"]["embedding"]
   assert trained.shape == table.shape
+  llama = dataclasses.replace(stage.model.llama, embedding_std=0.5)
+  model = dataclasses.replace(stage.model, llama=llama)
+  wider = instruct.extend(
+    model, key, instruct.starting_variables(stage.config, loaded, model)
+  ).params["llm"]["embed_tokens"]["embedding"]
+  assert np.std(wider[rows:]) == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("vision", VISIONS)
@@ -359,7 +368,7 @@ def test_a_start_without_gains(shared):
     loaded, variables=loaded.variables.replace(codebook_state=state)
   )
   model = loading.build_model(config)
-  with pytest.raises(config_lib.ConfigError, match="train its tokenizer"):
+  with pytest.raises(config_lib.ConfigError, match="no gains yet"):
     instruct.starting_variables(config, untrained, model)
 
 

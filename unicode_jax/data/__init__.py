@@ -48,8 +48,8 @@ class DataConfig:
     weights: share of each of those in the mixture, in any unit.
     heldout_fraction: share of each source that is held out; easy-VQA, and most
       of TFDS, bring their own split.
-    validation_fraction: share of the training images that is evaluated instead
-      of the held-out ones, and not trained on.
+    validation_fraction: share of the training images, and texts, that is
+      evaluated instead of the held-out ones, and not trained on.
     flip: mirror half of the images.
     shift: move them by up to so many pixels each way.
     crop_scale: smallest area of a random crop as a share; 1 for none.
@@ -267,6 +267,9 @@ def _texts(
   train, heldout = [], []
   if data.source == "embedded" or sources.has_chatterbot():
     train, heldout = sources.load_chatterbot(text.heldout_fraction)
+  if data.validation_fraction:
+    train, heldout = _validation(train, data.validation_fraction)
+    texts = _validation(texts[0], data.validation_fraction)
   if data.source != "embedded":
     captions = [sources.caption_conversations(source) for source in pairs[0]]
     logging.info(
@@ -281,7 +284,14 @@ def _texts(
     heldout = heldout + captions[1] + texts[1]
     # Two images may have one caption.
     trained = set(train)
-    heldout = [text for text in heldout if text not in trained]
+    unseen = [text for text in heldout if text not in trained]
+    if heldout and not unseen:
+      logging.warning(
+        "all %d held-out texts are training texts too: their perplexity says "
+        "nothing of unseen text",
+        len(heldout),
+      )
+    heldout = unseen or heldout
   if not train or not heldout:
     raise config_lib.ConfigError(
       "there is no text to train and to evaluate the LLM on: run "
@@ -290,6 +300,15 @@ def _texts(
       "config.data.conversations"
     )
   return train, heldout
+
+
+def _validation(texts: Sequence[Conversation], fraction: float) -> _Texts:
+  """Takes a share of the training texts, by their first questions."""
+  sides = {True: [], False: []}
+  for text in texts:
+    key = f"validation {text.turns[0][0]}"
+    sides[sources.is_heldout(key, fraction)].append(text)
+  return sides[False], sides[True]
 
 
 def _tokenizer_texts(

@@ -135,7 +135,7 @@ def show(question: sequences.Parts) -> sequences.Parts:
 
 def describe(caption: str, question: str) -> str:
   """Puts a caption before a question, in place of the image."""
-  return f"{caption}. {question}"
+  return f"{caption.rstrip(' .')}. {question}"
 
 
 def decompression_spans(
@@ -227,10 +227,14 @@ def image_examples(
         if task == "vqa"
         else Example(None, turns, caption=known.captions[0], independent=True)
       )
-    if task == "vqa":
-      examples += [
-        Example(i, tuple(d), reads=True) for d in known.dialogues if len(d) > 1
-      ]
+    for dialogue in known.dialogues:
+      if len(dialogue) > 1:
+        turns = tuple(dialogue)
+        examples.append(
+          Example(i, turns, reads=True)
+          if task == "vqa"
+          else Example(None, turns, caption=known.captions[0])
+        )
   return examples
 
 

@@ -167,6 +167,17 @@ def load_data(
       "pictures that the run was trained on: leave it unset, or name other "
       "data too"
     )
+  validation = "data.validation_fraction"
+  if others & set(overrides):
+    overrides = {validation: "0"} | overrides
+  elif validation in overrides:
+    trained = loaded.config.data.validation_fraction
+    if float(overrides[validation]) not in (0.0, trained):
+      raise config_lib.ConfigError(
+        f"--config.{validation}={overrides[validation]} would evaluate "
+        f"pictures that the run was trained on: set 0 (held-out pictures) or "
+        f"{trained}, as the run did"
+      )
   tokenizer = str(loaded.workdir / loading.TEXT_TOKENIZER)
   # A run may outlive what it was made from.
   gone = {"data.codes": None, "tokenizer.loss.perceptual_weights": None}

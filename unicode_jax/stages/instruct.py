@@ -130,11 +130,7 @@ def starting_variables(config, loaded: loading.Loaded, model):
       )
     return loaded.variables
   variables = loaded.variables
-  if not np.all(np.asarray(variables.codebook_state["gain"]) > 0):
-    raise config_lib.ConfigError(
-      f"init_from={config.init_from!r} has not quantized an image yet (its "
-      "gains are 0): train its tokenizer first"
-    )
+  encoding.check_trained(variables)
   params = dict(variables.params)
   params["codebook"], codebook_state = codebook_lib.freeze(
     params["codebook"],
@@ -198,7 +194,8 @@ class InstructStage:
       codes: Cached codes of each image source, None to encode at every step.
 
     Raises:
-      ConfigError: If the data has nothing for the mixture.
+      ConfigError: If the data has nothing for the mixture, or the start does
+        not fit (`starting_variables`).
     """
     self.config, self.data = config, data
     self.model = loading.build_model(config)
@@ -221,7 +218,8 @@ class InstructStage:
       dataclasses.replace(
         rows,
         # Whether language is kept is asked of every mixture (H10).
-        weights={**rows.weights, "text": 1.0},
+        # Descriptions are few, so that held-out ones are not unseen.
+        weights={**rows.weights, "described": 0.0, "text": 1.0},
         # As the published tests ask.
         questions_per_image=1,
         yes_no_ratio=0.0,
@@ -342,7 +340,7 @@ class InstructStage:
         total += sums
         counted = exact_answers(batch, hits)
         right, answers = right + counted.sum(), answers + len(counted)
-      if group.name in ("vqa", "described", "caption", "text"):
+      if group.name in ("vqa", "caption", "text"):
         result[f"eval/exact/{group_name(group)}"] = right / max(answers, 1)
     measured = _by_task(self.heldout, total)
     result |= {f"eval/{name}": value for name, value in measured.items()}

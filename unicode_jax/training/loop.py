@@ -82,7 +82,10 @@ class Stage(Protocol):
   alarm_config: alarm_lib.AlarmConfig
 
   def start(self) -> Any:
-    """Returns the tree of arrays that `init` begins from, None without one."""
+    """Returns the tree of arrays that `init` begins from, None without one.
+
+    It is called once: a stage may let go of what it hands over.
+    """
 
   def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
     """Draws the initial state."""

@@ -208,8 +208,8 @@ def validation(
     fraction: share of the names, without skin tones, that is taken.
 
   Returns:
-    What is left to train on, under the same name, and what was taken. Of images
-    that are equal, none is on both sides.
+    What is left to train on, under the same name, and what was taken, of which
+    `MAX_HELDOUT` are evaluated. Equal images are on one side.
 
   Raises:
     ConfigError: a side without images.
@@ -233,6 +233,14 @@ def validation(
 
   left = side(train.name, False)
   held = side(f"{train.name}_validation", True)
+  if len(held) > MAX_HELDOUT:
+    order = sorted(range(len(held)), key=lambda i: held.items[i]["digest"])
+    kept = order[:MAX_HELDOUT]
+    held = dataclasses.replace(
+      held,
+      items=tuple(held.items[i] for i in kept),
+      annotations=tuple(held.annotations[i] for i in kept),
+    )
   if not len(left) or not len(held):
     raise config_lib.ConfigError(
       f"{train.name}: {len(train)} training images are too few to take "
