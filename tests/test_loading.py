@@ -107,6 +107,10 @@ def test_folders_that_hold_no_run(stage_one, tmp_path):
   workdir, *_ = stage_one
   with pytest.raises(config_lib.ConfigError, match=r"holds no run.*--workdir"):
     loading.load(tmp_path)
+  (tmp_path / "stage2").mkdir()
+  shutil.copy(workdir / "config.json", tmp_path / "stage2")
+  with pytest.raises(config_lib.ConfigError, match=r"its links.*stage2"):
+    loading.load(tmp_path)
   shutil.copy(workdir / "config.json", tmp_path)
   with pytest.raises(config_lib.ConfigError, match=r"no checkpoint: let the"):
     loading.load(tmp_path)

@@ -952,8 +952,9 @@ def load(spec: str) -> ConfigDict:
   path, _, preset = spec.partition(":") if ".py:" in spec else (spec, "", "")
   if not os.path.isfile(path):
     raise ConfigError(
-      f"--config={spec}: there is no file {path!r}; name configs/pretrain.py, "
-      "configs/tokenizer.py or a run's config.json"
+      f"--config={spec}: there is no file {path!r}; name "
+      "configs/quickstart.py, pretrain.py, instruct.py or tokenizer.py there, "
+      "or a run's config.json"
     )
   if path.endswith(".json"):
     return from_json(path)
@@ -1013,6 +1014,11 @@ def resolve_links(
     chosen = {}
     for key, value in overrides.items():
       link, _, rest = key.partition(".")
+      if rest and name and link not in links and link not in default_config():
+        raise ConfigError(
+          f"{key}: there is neither a link nor a section {link!r}: links are "
+          + ", ".join(links)
+        )
       if link not in links:
         chosen.setdefault(key, value)
       elif link == name:

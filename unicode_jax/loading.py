@@ -143,9 +143,14 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   workdir = pathlib.Path(workdir).expanduser()
   path = workdir / "config.json"
   if not path.is_file():
+    links = sorted(str(found.parent) for found in workdir.glob("*/config.json"))
+    remedy = (
+      f"of its links, name one: {', '.join(links)}"
+      if links
+      else "name the --workdir of a run of unicode_jax.main"
+    )
     raise config_lib.ConfigError(
-      f"{workdir} holds no run (no config.json in it): name the --workdir of "
-      "a run of unicode_jax.main"
+      f"{workdir} holds no run (no config.json in it): {remedy}"
     )
   config = config_lib.from_json(path)
   folder = workdir / "checkpoints"

@@ -32,8 +32,8 @@ from unicode_jax.stages import run_folder
 _CONFIG = flags.DEFINE_string(
   "config",
   None,
-  "FILE.py, FILE.py:PRESET (presets: debug, smollm2, paper) or a run's "
-  "config.json; --config.KEY=VALUE sets one key.",
+  "FILE.py, FILE.py:PRESET (the file lists them, debug is always one) or a "
+  "run's config.json; --config.KEY=VALUE sets one key.",
   required=True,
 )
 _WORKDIR = flags.DEFINE_string(

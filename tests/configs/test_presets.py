@@ -51,6 +51,13 @@ def test_preset_validates(path, preset):
 
 
 @pytest.mark.parametrize(("path", "preset"), CHAINS, ids=is_shown)
+def test_a_link_that_is_none_is_named(path, preset):
+  links = config_lib.load_links(f"{path}:{preset}")
+  with pytest.raises(config_lib.ConfigError, match=r"'stag2'.*warmup.*stage2"):
+    config_lib.resolve_links(links, {"stag2.num_steps": "1"}, "runs/x")
+
+
+@pytest.mark.parametrize(("path", "preset"), CHAINS, ids=is_shown)
 def test_chain_validates(path, preset):
   links = config_lib.load_links(f"{path}:{preset}")
   resolved = config_lib.resolve_links(links, {}, "runs/x")

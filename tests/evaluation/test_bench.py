@@ -56,7 +56,8 @@ def test_asking_is_answering_each_question_alone(tiny, make_bench):
   [
     ({"seed": "1"}, ["--config.seed", "data.*"]),
     ({"data.heldout_fraction": "0.5"}, ["trained on"]),
-    ({"data.validation_fraction": "0.1"}, ["trained on", "or 0.0"]),
+    ({"data.validation_fraction": "0.1"}, ["trained on", "set 0"]),
+    ({"data.validation_fraction": "ten"}, ["'ten'", "number"]),
     ({"data.source": "imagenet"}, ["'imagenet'", "'folder'"]),
     ({"data.source": "folder", "data.path": "nowhere"}, ["nowhere"]),
   ],

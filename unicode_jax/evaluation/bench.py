@@ -167,17 +167,8 @@ def load_data(
       "pictures that the run was trained on: leave it unset, or name other "
       "data too"
     )
-  validation = "data.validation_fraction"
   if others & set(overrides):
-    overrides = {validation: "0"} | overrides
-  elif validation in overrides:
-    trained = loaded.config.data.validation_fraction
-    if float(overrides[validation]) not in (0.0, trained):
-      raise config_lib.ConfigError(
-        f"--config.{validation}={overrides[validation]} would evaluate "
-        f"pictures that the run was trained on: set 0 (held-out pictures) or "
-        f"{trained}, as the run did"
-      )
+    overrides = {"data.validation_fraction": "0"} | overrides
   tokenizer = str(loaded.workdir / loading.TEXT_TOKENIZER)
   # A run may outlive what it was made from.
   gone = {"data.codes": None, "tokenizer.loss.perceptual_weights": None}
@@ -188,6 +179,16 @@ def load_data(
   config = config_lib.validate(
     config_lib.apply_overrides(loaded.config, overrides | gone)
   )
+  fraction = config.data.validation_fraction
+  if not others & set(overrides) and fraction not in (
+    0.0,
+    loaded.config.data.validation_fraction,
+  ):
+    raise config_lib.ConfigError(
+      f"--config.data.validation_fraction={fraction} would evaluate pictures "
+      "that the run was trained on: leave it unset for what the run evaluated, "
+      "or set 0 for the held-out pictures"
+    )
   text = None
   if loaded.text_tokenizer is not None:
     text = data_lib.TextConfig(**config.text)
