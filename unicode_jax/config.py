@@ -1008,17 +1008,21 @@ def resolve_links(
   Raises:
     ConfigError: If one of them cannot run; names the link.
   """
+  if "" not in links:  # It is a chain.
+    known = {*links, *default_config()}
+    for key in overrides:
+      section, dot, _ = key.partition(".")
+      if dot and section not in known:
+        raise ConfigError(
+          f"{key}: there is neither a link nor a section {section!r}: links "
+          f"are {', '.join(links)}"
+        )
   resolved: dict[str, ConfigDict] = {}
   before = None
   for name, config in links.items():
     chosen = {}
     for key, value in overrides.items():
       link, _, rest = key.partition(".")
-      if rest and name and link not in links and link not in default_config():
-        raise ConfigError(
-          f"{key}: there is neither a link nor a section {link!r}: links are "
-          + ", ".join(links)
-        )
       if link not in links:
         chosen.setdefault(key, value)
       elif link == name:

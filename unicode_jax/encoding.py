@@ -13,6 +13,7 @@ import time
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import codebook as codebook_lib, config as config_lib, loading
@@ -160,12 +161,12 @@ class Encoder:
     size = max(batch_size // len(views), 1)
     self._batch_size = -(-size // len(devices)) * len(devices)
     self._variables = jax.device_put(variables, whole)
-    self._views = tuple(views)
 
     @functools.partial(jax.jit, out_shardings=whole)
     def encode(variables, images):
+      seen = jnp.stack([views_lib.see(images, view) for view in views], axis=1)
       # What a step of training from pixels computes.
-      codes = instruct_step.batch_codes(model, variables, {"images": images})
+      codes = instruct_step.batch_codes(model, variables, {"images": seen})
       shape = len(views), model.num_positions, model.depth
       return codes.reshape(-1, *shape)
 
@@ -182,11 +183,8 @@ class Encoder:
       computed; behind n of no meaning.
     """
     padding = [(0, self._batch_size - len(images))] + [(0, 0)] * 3
-    images = np.pad(images, padding)
-    seen = np.stack(
-      [views_lib.see(images, view) for view in self._views], axis=1
-    )
-    return self._encode(self._variables, jax.device_put(seen, self._split))
+    images = jax.device_put(np.pad(images, padding), self._split)
+    return self._encode(self._variables, images)
 
   def shard(self, shard) -> Iterator[np.ndarray]:
     """Yields the codes of a `code_cache.Shard`, int32[n, views, P, D] each."""

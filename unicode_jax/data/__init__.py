@@ -304,11 +304,10 @@ def _texts(
 
 def _validation(texts: Sequence[Conversation], fraction: float) -> _Texts:
   """Takes a share of the training texts, by their first questions."""
-  sides = {True: [], False: []}
-  for text in texts:
-    key = f"validation {text.turns[0][0]}"
-    sides[sources.is_heldout(key, fraction)].append(text)
-  return sides[False], sides[True]
+  return sources.partition(
+    texts,
+    lambda text: sources.is_heldout(f"validation {text.turns[0][0]}", fraction),
+  )
 
 
 def _tokenizer_texts(

@@ -20,6 +20,7 @@ Python: no pixels, no codes, no batches.
 import collections
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -118,13 +119,12 @@ class Example:
     turns = tuple(self.turns[i] for i in order)
     if dropped:
       turns = ((UNCONDITIONAL, turns[0][1]), *turns[1:])
+    question, answer = turns[0]
     if self.reads:
-      question, answer = turns[0]
-      turns = ((show(question), answer), *turns[1:])
-    if self.caption is not None:
-      question, answer = turns[0]
-      turns = ((describe(self.caption, question), answer), *turns[1:])
-    return sequences.Conversation(turns)
+      question = show(question)
+    elif self.caption is not None:
+      question = describe(self.caption, question)
+    return sequences.Conversation(((question, answer), *turns[1:]))
 
 
 def show(question: sequences.Parts) -> sequences.Parts:
@@ -214,7 +214,11 @@ def image_examples(
   for i, (known, single) in enumerate(
     zip(source.annotations, singles, strict=True)
   ):
-    if task == "described" and not known.captions:
+    if task == "vqa":
+      about = functools.partial(Example, i, reads=True)
+    elif known.captions:
+      about = functools.partial(Example, None, caption=known.captions[0])
+    else:
       continue
     # So that questions that are neighbours in the data need not be here.
     order = np.random.default_rng(i).permutation(len(single))
@@ -222,19 +226,8 @@ def image_examples(
       turns = tuple(
         single[j] for j in order[start : start + questions_per_image]
       )
-      examples.append(
-        Example(i, turns, reads=True, independent=True)
-        if task == "vqa"
-        else Example(None, turns, caption=known.captions[0], independent=True)
-      )
-    for dialogue in known.dialogues:
-      if len(dialogue) > 1:
-        turns = tuple(dialogue)
-        examples.append(
-          Example(i, turns, reads=True)
-          if task == "vqa"
-          else Example(None, turns, caption=known.captions[0])
-        )
+      examples.append(about(turns, independent=True))
+    examples += [about(tuple(d)) for d in known.dialogues if len(d) > 1]
   return examples
 
 

@@ -2,7 +2,7 @@
 
 There are few of them and they are the same for every image, so that the codes
 of all can be kept (`code_cache`), and a cache and the pixels give training the
-same codes. Pure numpy.
+same codes. No JAX, though `see` takes its arrays too.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ def see(images: np.ndarray, view: View) -> np.ndarray:
   """Returns a view of images; where one moves away, its edge is repeated.
 
   Args:
-    images: [..., S, S, channels].
+    images: [..., S, S, channels], of numpy or of JAX.
     view: which.
   """
   if view.mirrored:

@@ -161,13 +161,14 @@ def load_data(
         f"the run's ({loaded.workdir})"
       )
   others = {"data.source", "data.path", "data.conversations", "data.tfds"}
-  if "data.heldout_fraction" in overrides and not others & set(overrides):
+  elsewhere = bool(others & set(overrides))
+  if "data.heldout_fraction" in overrides and not elsewhere:
     raise config_lib.ConfigError(
       "--config.data.heldout_fraction without other data would evaluate "
       "pictures that the run was trained on: leave it unset, or name other "
       "data too"
     )
-  if others & set(overrides):
+  if elsewhere:
     overrides = {"data.validation_fraction": "0"} | overrides
   tokenizer = str(loaded.workdir / loading.TEXT_TOKENIZER)
   # A run may outlive what it was made from.
@@ -180,10 +181,8 @@ def load_data(
     config_lib.apply_overrides(loaded.config, overrides | gone)
   )
   fraction = config.data.validation_fraction
-  if not others & set(overrides) and fraction not in (
-    0.0,
-    loaded.config.data.validation_fraction,
-  ):
+  trained_with = loaded.config.data.validation_fraction
+  if not elsewhere and fraction not in (0.0, trained_with):
     raise config_lib.ConfigError(
       f"--config.data.validation_fraction={fraction} would evaluate pictures "
       "that the run was trained on: leave it unset for what the run evaluated, "
@@ -230,13 +229,8 @@ class Bench:
       data.heldout_sources, data.image_sources, strict=True
     ):
       chosen = spread(len(source), settings.max_images)
-      part = dataclasses.replace(
-        source,
-        items=tuple(source.items[i] for i in chosen),
-        annotations=tuple(source.annotations[i] for i in chosen),
-      )
       images = data.heldout_images[source.name][chosen]
-      self.sets.append(HeldOut(part, images, train))
+      self.sets.append(HeldOut(source.take(chosen), images, train))
     self._codes: dict[str, np.ndarray] = {}
     self._features: dict[tuple[str, str], np.ndarray] = {}
 

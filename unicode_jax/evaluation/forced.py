@@ -10,12 +10,14 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import loading
 from unicode_jax.data import mixture as mixture_lib, sequences, sources, tasks
 from unicode_jax.evaluation.bench import Bench, HeldOut
-from unicode_jax.training import instruct_step
+from unicode_jax.models import llama as llama_lib
+from unicode_jax.training import instruct_step, losses as losses_lib
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -25,6 +27,35 @@ def nats_and_hits(model, variables, batch):
     name: variables.params[name] for name in instruct_step.trained_groups(model)
   }
   _, aux = instruct_step.instruct_loss(model, groups, variables, batch)
+  return aux["nll"], aux["hits"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def nats_and_hits_of_ids(model, variables, token_ids, labels):
+  """Returns nats and hits of next tokens that are at hand as ids.
+
+  Args:
+    model: `models.unicode.UniCode`.
+    variables: its variables.
+    token_ids: int32[B, T, D], of single conversations.
+    labels: int32[B, T].
+
+  Returns:
+    float32[B, T] each.
+  """
+  params = variables.params["llm"]
+  hidden, _ = llama_lib.Llama(model.llama).apply(
+    {"params": params},
+    token_ids,
+    return_hidden=True,
+    depth_weights=model.depth_weights(variables),
+  )
+  _, aux = losses_lib.next_token_loss(
+    hidden,
+    llama_lib.head_kernel(params, model.llama),
+    labels,
+    jnp.ones(labels.shape, jnp.float32),
+  )
   return aux["nll"], aux["hits"]
 
 

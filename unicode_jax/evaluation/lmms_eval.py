@@ -18,13 +18,11 @@ import io
 import logging
 from typing import Any
 
-import jax
 import numpy as np
 
 from unicode_jax import config as config_lib, inference, sampling
 from unicode_jax.data import sequences
-from unicode_jax.models import llama as llama_lib
-from unicode_jax.training import losses as losses_lib
+from unicode_jax.evaluation import forced
 
 _PLACEHOLDER = "<image>"  # Of lmms-eval's contexts.
 _CHUNK = 512  # Requests whose pictures are in memory together.
@@ -33,22 +31,6 @@ _LENGTH_STEP = 64  # Lengths are rounded up to it: few programs are compiled.
 
 # Key of a document: (id, task, split), and perhaps a round.
 _Key = tuple[Any, Any, Any]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score(model, variables, token_ids, labels, mask):
-  """Returns nats and hits of the next tokens, float32[B, T] each."""
-  params = variables.params["llm"]
-  hidden, _ = llama_lib.Llama(model.llama).apply(
-    {"params": params},
-    token_ids,
-    return_hidden=True,
-    depth_weights=model.depth_weights(variables),
-  )
-  _, aux = losses_lib.next_token_loss(
-    hidden, llama_lib.head_kernel(params, model.llama), labels, mask
-  )
-  return aux["nll"], aux["hits"]
 
 
 class Requests:
@@ -240,12 +222,11 @@ class Requests:
         token_ids[row, n : n + m, 0] = answer
         labels[row, n - 1 : n + m - 1] = answer
         mask[row, n - 1 : n + m - 1] = 1
-      nats, hits = _score(
+      nats, hits = forced.nats_and_hits_of_ids(
         loaded.model,
         loaded.variables,
         token_ids,
         labels,
-        mask,
       )
       total = (np.asarray(nats) * mask).sum(axis=1)
       greedy = ((np.asarray(hits) > 0) | (mask == 0)).all(axis=1)

@@ -6,7 +6,7 @@ where it cannot be sampled from; the rules of the scores are in `vqa_accuracy`,
 not seen the picture.
 """
 
-from collections.abc import Callable, Sequence
+import collections
 from typing import Any
 
 import numpy as np
@@ -183,7 +183,8 @@ def caption(bench: Bench) -> Outcome:
     said = bench.ask(
       held, [(i, tasks.CAPTION_QUESTION) for i in chosen], longest[held.name]
     )
-    commonest = max(sorted(set(written)), key=_counter(written))
+    counts = collections.Counter(written)
+    commonest = max(sorted(counts), key=counts.get)
 
     def score(captions, references=references):
       return {
@@ -212,10 +213,3 @@ def caption(bench: Bench) -> Outcome:
     },
     ", ".join(f"{k} CIDEr-D {v['cider']:.3f}" for k, v in results.items()),
   )
-
-
-def _counter(texts: Sequence[str]) -> Callable[[str], int]:
-  counts: dict[str, int] = {}
-  for text in texts:
-    counts[text] = counts.get(text, 0) + 1
-  return counts.__getitem__

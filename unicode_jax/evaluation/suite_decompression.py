@@ -7,37 +7,14 @@ and behind those of another image. Nothing is sampled.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import inference
 from unicode_jax.data import sequences, tasks
+from unicode_jax.evaluation import forced
 from unicode_jax.evaluation.bench import Bench, Outcome
-from unicode_jax.models import llama as llama_lib
-from unicode_jax.training import losses as losses_lib
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _forced(model, variables, token_ids, labels):
-  """Returns nats and hits, float32[B, n] each, of the next tokens."""
-  params = variables.params["llm"]
-  hidden, _ = llama_lib.Llama(model.llama).apply(
-    {"params": params},
-    token_ids,
-    return_hidden=True,
-    depth_weights=model.depth_weights(variables),
-  )
-  _, aux = losses_lib.next_token_loss(
-    hidden,
-    llama_lib.head_kernel(params, model.llama),
-    labels,
-    jnp.ones(labels.shape, jnp.float32),
-  )
-  return aux["nll"], aux["hits"]
 
 
 def _decompressed(
@@ -73,7 +50,7 @@ def _decompressed(
   for start in range(0, len(flat), size):
     first = min(start, len(flat) - size)  # So that one program serves all.
     rows = flat[first : first + size]
-    outputs = _forced(
+    outputs = forced.nats_and_hits_of_ids(
       model,
       loaded.variables,
       fill(conversation.token_ids, rows),

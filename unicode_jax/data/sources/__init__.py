@@ -27,6 +27,7 @@ from unicode_jax.data.sources.source import (
   Annotation,
   ImageSource,
   is_heldout,
+  partition,
   untoned_name,
   validation,
 )
@@ -49,6 +50,7 @@ __all__ = [
   "load_llava",
   "load_openmoji",
   "load_tfds",
+  "partition",
   "shape_and_colour",
   "untoned_name",
   "validation",

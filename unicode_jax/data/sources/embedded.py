@@ -12,7 +12,6 @@ easy-VQA has no captions: `shape_and_colour` draws them from its questions.
 """
 
 from collections.abc import Iterable
-import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -30,6 +29,7 @@ from unicode_jax.data.sources.source import (
   Annotation,
   ImageSource,
   is_heldout,
+  partition,
   split as split_source,
   untoned_name,
 )
@@ -150,12 +150,7 @@ def load_easy_vqa(
   train, test = splits
   tested = {item["digest"] for item in test.items}
   kept = [i for i, x in enumerate(train.items) if x["digest"] not in tested]
-  train = dataclasses.replace(
-    train,
-    items=tuple(train.items[i] for i in kept),
-    annotations=tuple(train.annotations[i] for i in kept),
-  )
-  return train, test
+  return train.take(kept), test
 
 
 def _easy_vqa_annotation(asked: Iterable[tuple[str, str]]) -> Annotation:
@@ -247,11 +242,12 @@ def load_chatterbot(
       for turn in turns:
         if turn and all(text for pair in turn for text in pair):
           conversations[Conversation(turn)] = None
-  sides = {True: [], False: []}
-  for conversation in conversations:
+
+  def heldout(conversation):
     question = re.sub(r"[\W_]+", " ", conversation.turns[0][0]).strip().lower()
-    sides[is_heldout(question, heldout_fraction)].append(conversation)
-  return sides[False], sides[True]
+    return is_heldout(question, heldout_fraction)
+
+  return partition(conversations, heldout)
 
 
 def _require(module: str) -> types.ModuleType:

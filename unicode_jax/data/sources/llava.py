@@ -43,6 +43,7 @@ from unicode_jax.data.sources.source import (
   check_split,
   is_heldout,
   max_skipped,
+  partition,
   split,
 )
 
@@ -178,13 +179,15 @@ def _split_texts(
   records: Sequence[_Record], heldout_fraction: float
 ) -> tuple[list[Conversation], list[Conversation]]:
   """Splits the text-only records; what is held out is nowhere trained on."""
-  sides = {True: [], False: []}
-  for record in records:
-    if record.image is None:
-      heldout = is_heldout(record.key, heldout_fraction)
-      sides[heldout].append(Conversation(record.turns))
-  heldout = set(sides[True])
-  return [c for c in sides[False] if c not in heldout], sides[True]
+  train, heldout = (
+    [Conversation(record.turns) for record in side]
+    for side in partition(
+      [record for record in records if record.image is None],
+      lambda record: is_heldout(record.key, heldout_fraction),
+    )
+  )
+  known = set(heldout)
+  return [c for c in train if c not in known], heldout
 
 
 def _read_records(file: Path, max_broken: float) -> list[_Record]:

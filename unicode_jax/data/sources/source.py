@@ -6,19 +6,21 @@ that is said of it. The names are the loaders' choice; nothing here reads a file
 but the cached pixels, and nothing knows of batches or of sequences.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
 import logging
 from pathlib import Path
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from unicode_jax import config as config_lib
 from unicode_jax.data import cache
+
+_T = TypeVar("_T")
 
 # A larger held-out set adds time to every evaluation and little certainty; what
 # lies beyond is not evaluated, and not trained on either.
@@ -89,6 +91,21 @@ class ImageSource:
     """Returns all images of the split in memory, uint8[n, S, S, 3]."""
     return self._pixels[[item["row"] for item in self.items]]
 
+  def take(self, indices: Iterable[int], name: str | None = None):
+    """Returns a source of some of the images, under a name of its own or not.
+
+    Args:
+      indices: their numbers, in the order that they will have.
+      name: for reports; None keeps this source's.
+    """
+    chosen = list(indices)
+    return dataclasses.replace(
+      self,
+      name=name or self.name,
+      items=tuple(self.items[i] for i in chosen),
+      annotations=tuple(self.annotations[i] for i in chosen),
+    )
+
 
 def untoned_name(name: str) -> str:
   """Removes skin tones from an emoji's name: the key of its split.
@@ -106,6 +123,21 @@ def is_heldout(name: str, fraction: float) -> bool:
   """Decides by a hash of the name; the same on every machine, for ever."""
   digest = hashlib.sha256(name.encode()).digest()
   return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def partition(
+  things: Iterable[_T], heldout: Callable[[_T], bool]
+) -> tuple[list[_T], list[_T]]:
+  """Returns what is trained on and what is held out, in order.
+
+  Args:
+    things: images' items, texts, ...
+    heldout: says of each on which side it falls.
+  """
+  sides = [], []
+  for thing in things:
+    sides[bool(heldout(thing))].append(thing)
+  return sides
 
 
 class Side(NamedTuple):
@@ -142,10 +174,9 @@ def split(
   Returns:
     Training and held-out images, as `pair` gives them.
   """
-  sides = {True: [], False: []}
-  for item in cached.items:
-    sides[heldout(item)].append(item)
-  train, evaluated = (Side(cached.path, sides[side]) for side in (False, True))
+  train, evaluated = (
+    Side(cached.path, items) for items in partition(cached.items, heldout)
+  )
   return pair(name, train, evaluated, annotations)
 
 
@@ -174,15 +205,6 @@ def pair(
       name,
       len(train.items) - len(kept),
     )
-  evaluated = heldout.items
-  if len(evaluated) > MAX_HELDOUT:
-    logging.info(
-      "%s: %d of %d held-out images are evaluated",
-      name,
-      MAX_HELDOUT,
-      len(evaluated),
-    )
-    evaluated = sorted(evaluated, key=lambda item: item["digest"])[:MAX_HELDOUT]
   train_source, heldout_source = (
     ImageSource(
       f"{name}_{side}",
@@ -192,10 +214,24 @@ def pair(
     )
     for side, path, items in (
       ("train", train.path, kept),
-      ("heldout", heldout.path, evaluated),
+      ("heldout", heldout.path, heldout.items),
     )
   )
-  return train_source, heldout_source
+  return train_source, _evaluated(heldout_source)
+
+
+def _evaluated(heldout: ImageSource) -> ImageSource:
+  """Returns the held-out images that are evaluated, `MAX_HELDOUT` at most."""
+  if len(heldout) <= MAX_HELDOUT:
+    return heldout
+  logging.info(
+    "%s: %d of %d held-out images are evaluated",
+    heldout.name,
+    MAX_HELDOUT,
+    len(heldout),
+  )
+  order = sorted(range(len(heldout)), key=lambda i: heldout.items[i]["digest"])
+  return heldout.take(order[:MAX_HELDOUT])
 
 
 def validation(
@@ -220,27 +256,11 @@ def validation(
     if is_heldout(f"validation {untoned_name(item['name'])}", fraction)
   }
 
-  def side(name, taken):
-    kept = [
-      i for i, x in enumerate(train.items) if (x["digest"] in chosen) == taken
-    ]
-    return dataclasses.replace(
-      train,
-      name=name,
-      items=tuple(train.items[i] for i in kept),
-      annotations=tuple(train.annotations[i] for i in kept),
-    )
-
-  left = side(train.name, False)
-  held = side(f"{train.name}_validation", True)
-  if len(held) > MAX_HELDOUT:
-    order = sorted(range(len(held)), key=lambda i: held.items[i]["digest"])
-    kept = order[:MAX_HELDOUT]
-    held = dataclasses.replace(
-      held,
-      items=tuple(held.items[i] for i in kept),
-      annotations=tuple(held.annotations[i] for i in kept),
-    )
+  left, taken = partition(
+    range(len(train)), lambda i: train.items[i]["digest"] in chosen
+  )
+  left = train.take(left)
+  held = _evaluated(train.take(taken, f"{train.name}_validation"))
   if not len(left) or not len(held):
     raise config_lib.ConfigError(
       f"{train.name}: {len(train)} training images are too few to take "
