@@ -12,7 +12,7 @@ Command: python -m unicode_jax.main --config=configs/quickstart.py
 
   preset   stage II        hardware     time
   (none)   4400 steps      2 CPU cores  19 minutes
-  long     40000 steps     2 CPU cores  not measured
+  long     30000 steps     2 CPU cores  not measured
   debug    8 steps         2 CPU cores  about 2 minutes
 
 Images are 8x8 positions of one code each (VQ): on these few pictures a language
@@ -38,6 +38,8 @@ _TOKENIZER = {
   "tokenizer.depth": 1,
   "tokenizer.channel_multipliers": (1,),
   "tokenizer.num_res_blocks": 2,
+  # What 4x4 pixels of flat shapes need: 2048 codes lie dense in six dimensions.
+  "codebook.code_dim": 6,
 }
 # What an LLM that starts from nothing needs to learn fast: tokens that stand
 # out behind the first layer, and sharp attention.
@@ -87,10 +89,12 @@ PRESETS = {
   },
   "long": {
     "warmup": _SHARED | _TOKENIZER | {"num_steps": 400, "eval_every": 400},
-    "stage1": _STAGE1 | {"num_steps": 1500, "eval_every": 500},
+    # The text is little, and learned by heart when it is read more often.
+    "stage1": _STAGE1
+    | {"num_steps": 1500, "eval_every": 500, "schedule.llm_steps": 25},
     "stage2": _STAGE2
     | {
-      "num_steps": 40000,
+      "num_steps": 30000,
       "eval_every": 5000,
       "checkpoint_every": 2500,
       # With time to read, there is time to draw.

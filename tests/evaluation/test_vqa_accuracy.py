@@ -198,7 +198,6 @@ def test_blind_baseline_on_easy_vqa():
   train = sources.easy_vqa_questions("train")
   questions, answers, _ = zip(*sources.easy_vqa_questions("test"), strict=True)
   baseline = vqa_accuracy.BlindBaseline(*list(zip(*train, strict=True))[:2])
-  assert baseline.num_questions == 107
   result = vqa_accuracy.evaluate_answers(
     baseline.predict(questions),
     [[answer] for answer in answers],
@@ -218,7 +217,6 @@ def test_blind_baseline_falls_back():
     ["is it  red?", "Is it red?", "is it red?", "what?", "who?"],
     ["No", "no.", "yes", "yes", "Yes"],
   )
-  assert baseline.num_questions == 3
   assert baseline.predict(["IS IT RED?", "what?", "unseen?"]) == [
     "no",
     "yes",

@@ -12,7 +12,7 @@ from configs import instruct as instruct_config
 from unicode_jax import config as config_lib, loading, sharding
 from unicode_jax.data import mixture as mixture_lib, pipeline, tasks
 from unicode_jax.stages import instruct, runner
-from unicode_jax.training import loop
+from unicode_jax.training import instruct_step, loop
 
 TIMING = "time/"
 VISIONS = ("unified", "separate", "projector")
@@ -256,19 +256,6 @@ def test_a_run_of_stage_two_loads_and_goes_on(shared, runs, tmp_path):
     instruct.starting_variables(other, loaded, loading.build_model(other))
 
 
-def test_exact_answers_by_hand():
-  """One number a conversation: did it hit every token of all its answers?"""
-  batch = {
-    "segment_ids": np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 3, 3]]),
-    "loss_mask": np.array([[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1.0]]),
-  }
-  hits = np.array([[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1.0]])
-  exact = instruct.exact_answers(batch, hits)
-  assert exact.tolist() == [True, False, True, False, True]
-  empty = {"segment_ids": np.zeros((2, 3), int), "loss_mask": np.zeros((2, 3))}
-  assert instruct.exact_answers(empty, np.zeros((2, 3))).tolist() == []
-
-
 def test_exact_answers_are_what_greedy_decoding_gets_right(shared, runs):
   """Against the plain logits of every conversation by itself."""
   from unicode_jax.models import llama
@@ -298,7 +285,7 @@ def test_exact_answers_are_what_greedy_decoding_gets_right(shared, runs):
   labels = np.where(rng.random(choice.shape) < 0.85, choice, batch["labels"])
   batch = batch | {"labels": labels.astype(np.int32)}
   _, hits = stage._measure(state.variables, batch)
-  got = instruct.exact_answers(batch, np.asarray(hits))
+  got = instruct_step.exact_answers(batch, np.asarray(hits))
   want = []
   for row in range(8):
     for segment in range(1, batch["segment_ids"][row].max() + 1):

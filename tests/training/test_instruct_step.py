@@ -497,3 +497,16 @@ def test_a_step_trains_the_llm_and_leaves_the_tokenizer(source):
   )
   assert metrics["sums"].shape == (len(made.groups), 2, 3)
   assert float(metrics["sums"][..., 2].sum()) == batch["loss_mask"].sum()
+
+
+def test_exact_answers_by_hand():
+  """One number a conversation: did it hit every token of all its answers?"""
+  batch = {
+    "segment_ids": np.array([[1, 1, 1, 2, 2, 0], [1, 1, 2, 2, 3, 3]]),
+    "loss_mask": np.array([[0, 1, 1, 0, 1, 0], [0, 1, 1, 1, 0, 1.0]]),
+  }
+  hits = np.array([[0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 1.0]])
+  exact = instruct_step.exact_answers(batch, hits)
+  assert exact.tolist() == [True, False, True, False, True]
+  empty = {"segment_ids": np.zeros((2, 3), int), "loss_mask": np.zeros((2, 3))}
+  assert instruct_step.exact_answers(empty, np.zeros((2, 3))).tolist() == []

@@ -306,7 +306,9 @@ def _validation(texts: Sequence[Conversation], fraction: float) -> _Texts:
   """Takes a share of the training texts, by their first questions."""
   return sources.partition(
     texts,
-    lambda text: sources.is_heldout(f"validation {text.turns[0][0]}", fraction),
+    lambda text: sources.is_heldout(
+      f"validation {sources.bare_words(text.turns[0][0])}", fraction
+    ),
   )
 
 

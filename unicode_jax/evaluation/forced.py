@@ -11,7 +11,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from unicode_jax import loading
 from unicode_jax.data import mixture as mixture_lib, sequences, sources, tasks
@@ -67,24 +66,20 @@ def answers(
   For a model that sampling does not serve: with the right answer before it,
   every token must be the likeliest.
   """
-  config = bench.loaded.config
   examples = [
     tasks.Example(i, ((question, answer),), reads=True)
     for i, question, answer in asked
   ]
   batches, rows = _batches(bench, examples, held.source)
-  right = {}
-  for number, row in enumerate(rows.rows):
-    batch = batches[number // config.instruct.global_batch_size]
-    b = number % config.instruct.global_batch_size
-    if b == 0:
-      _, hits = nats_and_hits(bench.loaded.model, bench.loaded.variables, batch)
-      hits = np.asarray(hits)
-    missed = (batch["loss_mask"][b] > 0) & (hits[b] < 0.5)
-    for segment, i in enumerate(row, 1):
-      example = rows.examples[i]
-      exact = not missed[batch["segment_ids"][b] == segment].any()
-      right[example.item, example.turns[0][0]] = exact
+  exact = []
+  for batch in batches:
+    _, hits = nats_and_hits(bench.loaded.model, bench.loaded.variables, batch)
+    exact += instruct_step.exact_answers(batch, hits).tolist()
+  packed = [rows.examples[i] for row in rows.rows for i in row]
+  right = {
+    (example.item, example.turns[0][0]): hit
+    for example, hit in zip(packed, exact, strict=True)
+  }
   return [a if right.get((i, q), False) else "" for i, q, a in asked]
 
 

@@ -294,11 +294,6 @@ class BlindBaseline:
     self._answers = {key: _commonest(c) for key, c in counts.items()}
     self._fallback = _commonest(Counter(normalized))
 
-  @property
-  def num_questions(self) -> int:
-    """Distinct questions known."""
-    return len(self._answers)
-
   def predict(self, questions: Sequence[str]) -> list[str]:
     """Returns one answer, normalised, per question."""
     return [

@@ -338,7 +338,7 @@ class InstructStage:
       ):
         sums, hits = jax.device_get(self._measure(state.variables, batch))
         total += sums
-        counted = exact_answers(batch, hits)
+        counted = instruct_step.exact_answers(batch, hits)
         right, answers = right + counted.sum(), answers + len(counted)
       if group.name in ("vqa", "caption", "text"):
         result[f"eval/exact/{group_name(group)}"] = right / max(answers, 1)
@@ -388,24 +388,6 @@ def _by_task(mixture, sums) -> dict[str, float]:
         result[f"{kind}_loss/{name}"] = float(nats / tokens)
         result[f"{kind}_accuracy/{name}"] = float(hits / tokens)
   return result
-
-
-def exact_answers(batch, hits: np.ndarray) -> np.ndarray:
-  """Says of every conversation whether all its answers' tokens were hit.
-
-  Args:
-    batch: Of `data.mixture`.
-    hits: float32[B, T], of `instruct_step.instruct_loss`.
-
-  Returns:
-    bool[n], one for each conversation of the batch.
-  """
-  exact = []
-  for b, segments in enumerate(np.asarray(batch["segment_ids"])):
-    missed = (batch["loss_mask"][b] > 0) & (hits[b] < 0.5)
-    for segment in range(1, segments.max() + 1):
-      exact.append(not missed[segments == segment].any())
-  return np.asarray(exact, bool)
 
 
 def run(config, workdir: pathlib.Path) -> None:

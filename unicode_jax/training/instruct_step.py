@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
@@ -150,6 +151,26 @@ def loss_sums(
   )
   by_row = jnp.einsum("BTk,BTv->Bkv", kind, values)
   return jnp.zeros((num_groups, 2, 3)).at[batch["group"]].add(by_row)
+
+
+def exact_answers(batch, hits: np.ndarray) -> np.ndarray:
+  """Says of every conversation whether all its answers' tokens were hit.
+
+  Args:
+    batch: Of `data.mixture`.
+    hits: float32[B, T], of `instruct_loss`.
+
+  Returns:
+    bool[n], one for each conversation of the batch, row by row.
+  """
+  exact = []
+  all_missed = (np.asarray(batch["loss_mask"]) > 0) & (np.asarray(hits) < 0.5)
+  for segments, missed in zip(
+    np.asarray(batch["segment_ids"]), all_missed, strict=True
+  ):
+    for segment in range(1, segments.max() + 1):
+      exact.append(not missed[segments == segment].any())
+  return np.asarray(exact, bool)
 
 
 def make_instruct_step(

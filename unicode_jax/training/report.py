@@ -83,10 +83,12 @@ def write_report(
     f"| {_number(last[name])} |"
     for name in sorted(last)
   ]
-  lines += ["", "## Pictures", ""]
+  lines += [""]
   newest: dict[str, pathlib.Path] = {}
   for path in sorted((workdir / "pictures").glob("*.png")):
     newest[path.stem.rsplit("_", 1)[0]] = path
+  if newest:
+    lines += ["## Pictures", ""]
   for name, path in newest.items():
     lines += [f"{name}: ![{name}](pictures/{path.name})", ""]
   lines += ["## Curves", ""]

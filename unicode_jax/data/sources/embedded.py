@@ -28,6 +28,7 @@ from unicode_jax.data.sources.images import decode_image
 from unicode_jax.data.sources.source import (
   Annotation,
   ImageSource,
+  bare_words,
   is_heldout,
   partition,
   split as split_source,
@@ -244,7 +245,7 @@ def load_chatterbot(
           conversations[Conversation(turn)] = None
 
   def heldout(conversation):
-    question = re.sub(r"[\W_]+", " ", conversation.turns[0][0]).strip().lower()
+    question = bare_words(conversation.turns[0][0])
     return is_heldout(question, heldout_fraction)
 
   return partition(conversations, heldout)

@@ -119,6 +119,11 @@ def untoned_name(name: str) -> str:
   return " ".join(bare.split())
 
 
+def bare_words(text: str) -> str:
+  """Removes case and punctuation: the key of a text's split."""
+  return re.sub(r"[\W_]+", " ", text).strip().lower()
+
+
 def is_heldout(name: str, fraction: float) -> bool:
   """Decides by a hash of the name; the same on every machine, for ever."""
   digest = hashlib.sha256(name.encode()).digest()
