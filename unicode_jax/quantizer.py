@@ -97,7 +97,7 @@ def quantize(z, table, gain, mask, *, kind: str, depth: int) -> Quantized:
       f"is {list(table.shape)}."
     )
   grid_shape(z.shape[1:3], kind)
-  kernel.check_mask(mask, table.shape[0])
+  kernel.check_valid(mask, table.shape[0])
   num_codes = table.shape[0]
   target = lax.stop_gradient(z)
   total = jnp.zeros_like(target)
@@ -246,7 +246,7 @@ def _choose(residual, table, gain, mask):
   matched = jnp.sqrt(jnp.mean(residual**2) / (jnp.mean(rows**2) / share))
   scale = jnp.where(gain > 0, gain, jnp.maximum(matched, _MIN_GAIN))
   flat = (residual / scale).reshape(-1, table.shape[1])
-  found = kernel.nearest_code(flat, table, mask)
+  found = kernel.nearest_code(flat, table, valid=mask)
   codes = found.indices.reshape(residual.shape[:-1])
   chosen = table[codes]
   fit = jnp.sum(residual * chosen) / jnp.sum(chosen**2)

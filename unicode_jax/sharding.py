@@ -14,6 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 BATCH_AXES = ("data", "fsdp")
+# Rows of the codebook: where a mesh has this axis, the search is split over it.
+CODE_AXIS = "tensor"
 # Smaller arrays stay whole: splitting them costs more in latency than it saves
 # in memory.
 MIN_SHARDED_SIZE = 2**18

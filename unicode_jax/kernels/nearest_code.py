@@ -1,16 +1,17 @@
 """Nearest-code search, `argmin_k ||z - C_k||^2`, without the N x K matrix.
 
 Every visual tokenizer (METHOD.md section 2) selects its codes here. The entry
-point `nearest_code` settles what all backends share: the mask, ties, inputs
-that are not finite, and the distances. A backend only ranks: it is a function
+point `nearest_code` settles what all backends share: the codes that may be
+chosen, ties, inputs that are not finite, the distances, and devices. A backend
+only ranks: it is a function
 
-  search(z f32[N, C], codebook f32[K, C], bias f32[K], fast bool) -> int32[N]
+  search(z[N, C], codebook[K, C], bias f32[K], fast bool) -> f32[N], int32[N]
 
-that returns the lowest k among those that minimise `bias_k - z.C_k`, where
+that returns the least `bias_k - z.C_k` and the lowest k that has it, where
 `bias_k` is ||C_k||^2 / 2, or infinity for a code that may not be chosen.
 Another backend is another entry of `BACKENDS`.
 
-Does not do: gradients (the choice has none), gains, residuals (`quantizer`).
+Does not do: gradients (the choice has none), or the fit of gains (`quantizer`).
 """
 
 import functools
@@ -19,12 +20,11 @@ from typing import NamedTuple
 import jax
 from jax import lax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 
-# Queries and codes in a tile, so that its products and its running best, half a
-# MiB each, stay in a CPU's cache.
-_QUERY_BLOCK = 512
-_CODE_BLOCK = 256
+from unicode_jax import sharding
+from unicode_jax.kernels import search_xla
 
 
 class NearestCode(NamedTuple):
@@ -40,25 +40,29 @@ class NearestCode(NamedTuple):
 
 
 def nearest_code(
-  z, codebook, mask=None, *, precision="exact", backend="auto"
+  z, codebook, *, valid=None, precision="exact", backend="auto"
 ) -> NearestCode:
-  """Finds the nearest permitted code of every query.
+  """Finds the nearest valid code of every query.
 
   Of codes at equal distance the lowest index wins. No gradient passes. The
   distance is computed again from the chosen row, so it does not suffer from
   the cancellation that the ranking does.
 
-  A query with a NaN or infinite entry gets the lowest permitted index and a
+  A query with a NaN or infinite entry gets the lowest valid index and a
   distance of NaN: a valid id, and a visible error. A code with such an entry,
   or whose squared norm overflows, is never chosen. Where no code is left, an
   error that cannot be raised under `jit`, the index is -1 and the distance
   infinite.
 
+  With a mesh set (`jax.set_mesh`), queries are split over its axes `data` and
+  `fsdp` and codes over `tensor`, as far as it has them: each device searches
+  its own codes, and the best of all are compared.
+
   Args:
-    z: float[N, C], the queries.
-    codebook: float[K, C].
-    mask: bool[K], True where a code may be chosen; None permits all.
-    precision: "exact" ranks by float32 products, "fast" by products of
+    z: float32[N, C] or bfloat16[N, C], the queries.
+    codebook: float32[K, C] or bfloat16[K, C].
+    valid: bool[K], True where a code may be chosen; None permits all.
+    precision: "exact" ranks as float32 products do, "fast" by products of
       bfloat16 operands summed in float32, which changes some of the choices.
     backend: a name in `BACKENDS`, or "auto" for the platform's best.
 
@@ -66,10 +70,10 @@ def nearest_code(
     A `NearestCode` of N entries.
 
   Raises:
-    ValueError: on shapes that do not match, an unknown option, or a mask that
+    ValueError: on shapes that do not match, an unknown option, or `valid` that
       permits nothing (checked wherever its value is known).
   """
-  z, codebook = jnp.asarray(z), jnp.asarray(codebook)
+  z, codebook = _floating(z), _floating(codebook)
   if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
     raise ValueError(
       f"z{list(z.shape)} and codebook{list(codebook.shape)} must be [N, C] "
@@ -81,63 +85,116 @@ def nearest_code(
     raise ValueError(
       f'precision={precision!r} is unknown: use "exact" or "fast".'
     )
-  if backend != "auto" and backend not in BACKENDS:
+  if backend not in BACKENDS:
     raise ValueError(
-      f'backend={backend!r} is unknown: use "auto" or one of '
-      f"{sorted(BACKENDS)}."
+      f"backend={backend!r} is unknown: use one of {sorted(BACKENDS)}."
     )
-  check_mask(mask, codebook.shape[0])
-  if mask is None:
-    mask = np.ones(codebook.shape[0], bool)
-  name = "xla" if backend == "auto" else backend
-  return _nearest_code(z, codebook, mask, precision == "fast", name)
+  check_valid(valid, codebook.shape[0])
+  if valid is None:
+    valid = np.ones(codebook.shape[0], bool)
+  return _nearest_code(
+    z, codebook, valid, precision == "fast", backend, _mesh()
+  )
 
 
-def check_mask(mask, num_codes: int) -> None:
-  """Checks the mask's shape, and that it permits a code if that is known.
+def stacked_nearest_code(
+  z, codebook, gains, *, valid=None, precision="exact", backend="auto"
+) -> NearestCode:
+  """Finds the codes of every query, each for what the ones before left over.
+
+  The residual search of RQ-VAE (arXiv 2203.01941, section 3.1) over one table:
+  at depth d the code nearest to r / g_d, after which g_d C_k is taken away.
 
   Args:
-    mask: bool[K] or None.
+    z: float32[N, C] or bfloat16[N, C], the queries.
+    codebook: float32[K, C] or bfloat16[K, C], for every depth.
+    gains: float32[D], positive; ones for none.
+    valid: as in `nearest_code`.
+    precision: as in `nearest_code`.
+    backend: as in `nearest_code`.
+
+  Returns:
+    A `NearestCode` with indices int32[N, D] and distances float32[N, D]: the
+    squared length of what is left after each depth.
+
+  Raises:
+    ValueError: as `nearest_code`, or on gains that are not a vector, or not
+      positive (where their values are known).
+  """
+  gains = jnp.asarray(gains, jnp.float32)
+  known = not isinstance(gains, jax.core.Tracer)
+  if gains.ndim != 1 or (known and not (np.asarray(gains) > 0).all()):
+    raise ValueError(
+      f"gains={gains} must be a vector of positive numbers, one per depth."
+    )
+  left = lax.stop_gradient(_floating(z)).astype(jnp.float32)
+  rows = lax.stop_gradient(_floating(codebook)).astype(jnp.float32)
+  indices, distances = [], []
+  for gain in gains:
+    found = nearest_code(
+      left / gain, codebook, valid=valid, precision=precision, backend=backend
+    )
+    left = left - gain * rows[found.indices]
+    indices.append(found.indices)
+    distances.append(gain**2 * found.distances)
+  return NearestCode(jnp.stack(indices, 1), jnp.stack(distances, 1))
+
+
+def check_valid(valid, num_codes: int) -> None:
+  """Checks the shape of `valid`, and that it permits a code if that is known.
+
+  Args:
+    valid: bool[K] or None.
     num_codes: K.
 
   Raises:
     ValueError: if the shape is another, or nothing is permitted.
   """
-  if mask is None:
+  if valid is None:
     return
-  if mask.shape != (num_codes,) or mask.dtype != bool:
+  if valid.shape != (num_codes,) or valid.dtype != bool:
     raise ValueError(
-      f"mask is {mask.dtype}{list(mask.shape)} but the codebook has "
+      f"valid is {valid.dtype}{list(valid.shape)} but the codebook has "
       f"{num_codes} rows: it must be bool[{num_codes}]."
     )
   # A tracer has no value, and of another process's shards we see nothing.
-  known = not isinstance(mask, jax.core.Tracer) and getattr(
-    mask, "is_fully_addressable", True
+  known = not isinstance(valid, jax.core.Tracer) and getattr(
+    valid, "is_fully_addressable", True
   )
-  if known and not np.asarray(mask).any():
+  if known and not np.asarray(valid).any():
     raise ValueError(
-      f"The mask forbids all {num_codes} codes: permit at least one."
+      f"valid forbids all {num_codes} codes: permit at least one."
     )
 
 
-@functools.partial(jax.jit, static_argnames=("fast", "backend"))
-def _nearest_code(z, codebook, mask, fast, backend):
+def _floating(x):
+  """Returns an array of float32 or bfloat16."""
+  x = jnp.asarray(x)
+  return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames=("fast", "backend", "mesh"))
+def _nearest_code(z, codebook, valid, fast, backend, mesh):
   """Brackets a backend's search with the rules that all of them share."""
-  z_NC = lax.stop_gradient(z).astype(jnp.float32)
-  codebook_KC = lax.stop_gradient(codebook).astype(jnp.float32)
-  norm_K = jnp.sum(codebook_KC**2, axis=1)
-  permitted_K = mask & jnp.isfinite(norm_K)
+  z_NC, codebook_KC = lax.stop_gradient((z, codebook))
+  norm_K = jnp.sum(codebook_KC.astype(jnp.float32) ** 2, axis=1)
+  permitted_K = valid & jnp.isfinite(norm_K)
   # Zeros, because infinity - infinity would poison a lane of the search.
-  codebook_KC = jnp.where(permitted_K[:, None], codebook_KC, 0.0)
+  codebook_KC = jnp.where(permitted_K[:, None], codebook_KC, 0)
   bias_K = jnp.where(permitted_K, norm_K / 2, jnp.inf)
 
-  best_N = BACKENDS[backend](z_NC, codebook_KC, bias_K, fast)
+  search = functools.partial(BACKENDS[backend], fast=fast)
+  if mesh is None:
+    _, best_N = search(z_NC, codebook_KC, bias_K)
+  else:
+    best_N = _search_sharded(search, z_NC, codebook_KC, bias_K, mesh)
 
   finite_N = jnp.all(jnp.isfinite(z_NC), axis=1)
   index_N = jnp.where(
     finite_N & permitted_K[best_N], best_N, jnp.argmax(permitted_K)
   ).astype(jnp.int32)
-  distance_N = jnp.sum((z_NC - codebook_KC[index_N]) ** 2, axis=1)
+  difference_NC = z_NC.astype(jnp.float32) - codebook_KC[index_N]
+  distance_N = jnp.sum(difference_NC**2, axis=1)
   distance_N = jnp.where(finite_N, distance_N, jnp.nan)
   any_left = jnp.any(permitted_K)
   return NearestCode(
@@ -146,73 +203,80 @@ def _nearest_code(z, codebook, mask, fast, backend):
   )
 
 
-def _search_xla(z_NC, codebook_KC, bias_K, fast):
-  """Searches in tiles, with the running best kept per lane.
+def _mesh():
+  """Returns the mesh that is set, if there is work to share."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return None
+  # Within `jax.shard_map` the caller has shared the work out already.
+  return mesh if set(mesh.axis_types) == {AxisType.Auto} else None
 
-  XLA's argmin is a variadic reduction, which does not vectorise on a CPU. So
-  each lane of a tile keeps its own best value and the number of the block that
-  it came from, by elementwise selects, and the lanes are compared once at the
-  end. Blocks are strided (lane l of block i is row l * blocks + i), so that
-  rows that are sharded over devices stay where they are.
-  """
+
+def _search_sharded(search, z_NC, codebook_KC, bias_K, mesh):
+  """Searches where queries and codes are, and compares the devices' best."""
+  batch = tuple(a for a in sharding.BATCH_AXES if a in mesh.axis_names)
+  codes = sharding.CODE_AXIS if sharding.CODE_AXIS in mesh.axis_names else None
+  batch_shards = np.prod([mesh.shape[a] for a in batch], dtype=int)
+  code_shards = mesh.shape[codes] if codes else 1
   num_queries, num_codes = z_NC.shape[0], codebook_KC.shape[0]
-  if not num_queries:
-    return jnp.zeros(0, jnp.int32)
-  if fast:
-    z_NC = z_NC.astype(jnp.bfloat16)
-    codebook_KC = codebook_KC.astype(jnp.bfloat16)
-  z_bnC = _strided_blocks(z_NC, _QUERY_BLOCK)
-  codebook_bkC = _strided_blocks(codebook_KC, _CODE_BLOCK)
-  bias_bk = _strided_blocks(bias_K, _CODE_BLOCK, fill=jnp.inf)
-  num_blocks, num_lanes = bias_bk.shape
-  lane_k = jnp.arange(num_lanes, dtype=jnp.int32)
 
-  def search_block(z_nC):
-    def step(carry, block):
-      best_nk, block_nk = carry
-      codebook_kC, bias_k, number = block
-      product_nk = jnp.einsum(
-        "nC,kC->nk",
-        z_nC,
-        codebook_kC,
-        precision=None if fast else lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-      )
-      value_nk = bias_k - product_nk
-      better_nk = value_nk < best_nk
-      return (
-        jnp.where(better_nk, value_nk, best_nk),
-        jnp.where(better_nk, number, block_nk),
-      ), None
+  def local(z_nC, codebook_kC, bias_k):
+    value_n, index_n = search(z_nC, codebook_kC, bias_k)
+    if not codes:
+      return index_n
+    index_n += lax.axis_index(codes) * bias_k.shape[0]
+    best_n = lax.pmin(value_n, codes)
+    return lax.pmin(jnp.where(value_n == best_n, index_n, num_codes), codes)
 
-    shape = (z_nC.shape[0], num_lanes)
-    (best_nk, block_nk), _ = lax.scan(
-      step,
-      (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)),
-      (codebook_bkC, bias_bk, jnp.arange(num_blocks, dtype=jnp.int32)),
-    )
-    index_nk = lane_k * num_blocks + block_nk
-    ties_nk = best_nk == jnp.min(best_nk, axis=1, keepdims=True)
-    return jnp.min(jnp.where(ties_nk, index_nk, num_codes), axis=1)
-
-  index_bn = lax.map(search_block, z_bnC)
-  return jnp.minimum(index_bn.T.reshape(-1)[:num_queries], num_codes - 1)
+  rows, columns = PartitionSpec(batch), PartitionSpec(codes)
+  index_N = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(rows, columns, columns),
+    out_specs=rows,
+    check_vma=False,
+  )(
+    _filled(z_NC, batch_shards),
+    _filled(codebook_KC, code_shards),
+    _filled(bias_K, code_shards, jnp.inf),
+  )
+  return jnp.minimum(index_N[:num_queries], num_codes - 1)
 
 
-def _strided_blocks(x, block: int, fill=0.0):
-  """Cuts the leading axis: [N, ...] -> [b, n, ...], row l*b + i at [i, l].
+def _filled(x, shards: int, fill=0):
+  """Fills the first axis up, so that every shard has as many rows."""
+  pad = [(0, -x.shape[0] % shards)] + [(0, 0)] * (x.ndim - 1)
+  return jnp.pad(x, pad, constant_values=fill)
 
-  Takes the fewest blocks of at most `block` rows, or up to twice as many if
-  that divides N; else pads the end with `fill`.
-  """
-  size = x.shape[0]
-  fewest = -(-size // block)
-  count = next((n for n in range(fewest, 2 * fewest) if size % n == 0), fewest)
-  length = -(-size // count)
-  pad = [(0, length * count - size)] + [(0, 0)] * (x.ndim - 1)
-  x = jnp.pad(x, pad, constant_values=fill)
-  return x.reshape(length, count, *x.shape[1:]).swapaxes(0, 1)
+
+def _search_auto(z_NC, codebook_KC, bias_K, fast):
+  """Takes the platform's best when it is known, at compilation."""
+  return lax.platform_dependent(
+    z_NC,
+    codebook_KC,
+    bias_K,
+    tpu=functools.partial(_search_tpu, fast=fast),
+    default=functools.partial(search_xla.search, fast=fast),
+  )
+
+
+def _search_tpu(z_NC, codebook_KC, bias_K, fast):
+  # Imported where it is needed: Pallas takes a third of a second.
+  from unicode_jax.kernels import search_tpu  # pylint: disable=g-import-not-at-top
+
+  return search_tpu.search(z_NC, codebook_KC, bias_K, fast)
+
+
+def _search_gpu(z_NC, codebook_KC, bias_K, fast):
+  from unicode_jax.kernels import search_gpu  # pylint: disable=g-import-not-at-top
+
+  return search_gpu.search(z_NC, codebook_KC, bias_K, fast)
 
 
 # A name, and a function as the module's docstring describes it.
-BACKENDS = {"xla": _search_xla}
+BACKENDS = {
+  "auto": _search_auto,
+  "xla": search_xla.search,
+  "pallas_tpu": _search_tpu,
+  "pallas_gpu": _search_gpu,
+}

@@ -241,6 +241,13 @@ def train(
     alarm_lib.CollapseError: If the collapse alarm is configured to stop.
     DivergenceError: If a loss is not finite.
   """
+  # Set, so that kernels that XLA cannot split know the devices too.
+  with jax.set_mesh(mesh):
+    return _train(stage, workdir, config, mesh, until_step)
+
+
+def _train(stage, workdir, config, mesh, until_step):
+  """As `train`, with the mesh set."""
   workdir.mkdir(parents=True, exist_ok=True)
   checkpointer = checkpoint_lib.Checkpointer(
     workdir / "checkpoints", config.keep_checkpoints
