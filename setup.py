@@ -58,6 +58,8 @@ EXTRAS = {
   "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
   "torch": TORCH,
   "tfds": ["tensorflow-datasets>=4.9.10,<5"],
+  # Reads GGUF files; transformers asks for accelerate to do so too.
+  "gguf": ["gguf>=0.19,<0.20", "accelerate>=1.10,<2"],
   "demo": DEMO,
   "test": [
     *DEMO,

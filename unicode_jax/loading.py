@@ -29,6 +29,8 @@ from unicode_jax.models import (
 from unicode_jax.nn import rope
 
 TEXT_TOKENIZER = "text_tokenizer"
+# In the config of an imported language model, which no stage trained.
+LLM_STAGE = "llm"
 
 
 def build_llama(config) -> llama_lib.LlamaConfig | None:
@@ -127,6 +129,27 @@ class Loaded:
     return sequence_format(self.config)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LoadedLlm:
+  """A language model by itself: of a run, or imported.
+
+  Attributes:
+    config: Resolved ConfigDict of the run.
+    llama: Its shape.
+    params: Of `Llama`.
+    text_tokenizer: Its own.
+    workdir: Run folder.
+    step: Steps that were trained.
+  """
+
+  config: Any
+  llama: llama_lib.LlamaConfig
+  params: Any
+  text_tokenizer: text_tokenizer_lib.TextTokenizer
+  workdir: pathlib.Path
+  step: int
+
+
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   """Loads a run: of stage I, stage II or a tokenizer alone.
 
@@ -140,6 +163,59 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   Raises:
     ConfigError: If the folder holds no run, or no such checkpoint.
   """
+  workdir, config, step = _find(workdir, step)
+  if config.stage == LLM_STAGE:
+    raise config_lib.ConfigError(
+      f"{workdir} holds an imported language model, which has seen no image: "
+      f"train stage I from it with --config.llm_from={workdir}"
+    )
+  model = build_model(config)
+  shapes = jax.eval_shape(
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
+  )
+  variables = _restore(workdir, step, shapes)
+  tokenizer = None
+  if model.llama is not None:
+    tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
+  return Loaded(config, model, variables, tokenizer, workdir, step)
+
+
+def load_llm(
+  workdir: str | os.PathLike[str], step: int | None = None
+) -> LoadedLlm:
+  """Loads the language model of a run, or one that was imported.
+
+  Args:
+    workdir: Run folder, of a stage with an LLM.
+    step: Which checkpoint; None for the newest.
+
+  Returns:
+    The model, on the default device; nothing else of the run is read.
+
+  Raises:
+    ConfigError: If the folder holds no run, no LLM, or no such checkpoint.
+  """
+  workdir, config, step = _find(workdir, step)
+  llama = build_llama(config)
+  if llama is None:
+    raise config_lib.ConfigError(
+      f"{workdir} holds a visual tokenizer alone, without a language model: "
+      "name a run of stage I or II"
+    )
+  params = jax.eval_shape(
+    llama_lib.Llama(llama).init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),
+  )["params"]
+  params = _restore(workdir, step, {"params": {"llm": params}})["params"]["llm"]
+  tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
+  return LoadedLlm(config, llama, params, tokenizer, workdir, step)
+
+
+def _find(workdir, step: int | None):
+  """Returns folder, config and step of a checkpoint."""
   workdir = pathlib.Path(workdir).expanduser()
   path = workdir / "config.json"
   if not path.is_file():
@@ -165,20 +241,18 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
       + (f" of step {step}; it has {steps}" if steps else "")
       + (": choose one of these" if steps else ": let the run reach its first")
     )
-  step = steps[-1] if step is None else step
-  model = build_model(config)
-  shapes = jax.eval_shape(
-    model.init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
-  )
+  return workdir, config, steps[-1] if step is None else step
+
+
+def _restore(workdir: pathlib.Path, step: int, shapes):
+  """Reads those variables of a checkpoint that `shapes` has."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
   )
   with ocp.PyTreeCheckpointer() as checkpointer:
-    variables = checkpointer.restore(
-      (folder / str(step) / "state").absolute(),
+    return checkpointer.restore(
+      (workdir / "checkpoints" / str(step) / "state").absolute(),
       args=ocp.args.PyTreeRestore(
         item={"variables": target},
         restore_args={
@@ -187,10 +261,6 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
         partial_restore=True,
       ),
     )["variables"]
-  tokenizer = None
-  if model.llama is not None:
-    tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
-  return Loaded(config, model, variables, tokenizer, workdir, step)
 
 
 def fingerprint(

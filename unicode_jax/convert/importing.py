@@ -1,0 +1,212 @@
+"""Makes a run folder of a LLaMA-family checkpoint.
+
+The folder holds what every run does: `config.json` (of the stage "llm", which
+nothing trains), a checkpoint with the LLM's parameters, and the text tokenizer.
+So stage I starts from it (`llm_from`), and `export` takes it as it is.
+
+Tensors are read, checked, converted and placed one at a time; at no moment is
+there a second copy of the model.
+"""
+
+from collections.abc import Callable
+import json
+import logging
+import os
+import pathlib
+import shutil
+
+from flax import traverse_util
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from unicode_jax import config as config_lib, loading
+from unicode_jax.convert import architectures, names, readers
+from unicode_jax.data import text_tokenizer as text_tokenizer_lib
+from unicode_jax.models import llama as llama_lib
+
+# Files that say how text becomes ids.
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def import_checkpoint(path, out) -> pathlib.Path:
+  """Imports a Hugging Face folder or a GGUF file.
+
+  Args:
+    path: the folder, or the file.
+    out: the run folder to make; must not be there yet.
+
+  Returns:
+    `out`.
+
+  Raises:
+    ConfigError: nothing fit to import is there, or `out` is; says which tensor,
+      setting or file.
+  """
+  path, out = pathlib.Path(path).expanduser(), pathlib.Path(out).expanduser()
+  if out.exists():
+    raise config_lib.ConfigError(f"--out={out} is there already: name another")
+  if not path.exists():
+    raise config_lib.ConfigError(f"--path={path} is not there")
+  gguf = path.is_file()
+  if gguf:
+    reader = readers.GGUFReader(path)
+    settings = gguf_settings(reader.metadata, reader.shapes)
+  else:
+    settings = architectures.from_hugging_face(_json(path / "config.json"))
+    reader = readers.SafetensorsReader(path)
+  llama = llama_lib.LlamaConfig(**settings)
+  entries = names.table(llama, gguf)
+  names.check(entries, reader.shapes, str(path), llama.tie_embeddings)
+  tokenizer = _tokenizer(path)
+  if tokenizer.vocab_size > llama.vocab_size:
+    raise config_lib.ConfigError(
+      f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
+      f"{llama.vocab_size} rows: they do not belong together"
+    )
+  config = run_config(llama)
+
+  work = out.with_name(f".{out.name}.{os.getpid()}")
+  work.mkdir(parents=True)
+  try:
+    tokenizer.save(work / loading.TEXT_TOKENIZER)
+    (work / "config.json").write_text(config_lib.to_json(config))
+    params = read_parameters(reader, entries, llama, gguf)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+      checkpointer.save(
+        (work / "checkpoints" / "0" / "state").absolute(),
+        args=ocp.args.PyTreeSave({"variables": {"params": {"llm": params}}}),
+      )
+    work.rename(out)
+  finally:
+    shutil.rmtree(work, ignore_errors=True)
+  logging.info("imported %s to %s", path, out)
+  return out
+
+
+def read_parameters(
+  reader: readers.Reader,
+  entries: list[names.Entry],
+  llama: llama_lib.LlamaConfig,
+  gguf: bool = False,
+  place: Callable[[str, np.ndarray], jax.Array] | None = None,
+) -> dict:
+  """Reads all parameters, one at a time.
+
+  Args:
+    reader: the checkpoint.
+    entries: of `names.table`, checked.
+    llama: the model.
+    gguf: whether it is GGUF.
+    place: makes an array of a path and a float32 value, wherever it is to
+      live; None for the default device.
+
+  Returns:
+    Parameters of the unrolled `Llama`, float32.
+  """
+  place = place or (lambda _, value: jax.numpy.asarray(value))
+  heads = {"attn_q": llama.num_heads, "attn_k": llama.num_kv_heads}
+  params = {}
+  for entry in entries:
+    value = np.asarray(reader.read(entry.key), np.float32)
+    kind = entry.key.split(".")[-2]
+    if gguf and kind in heads:
+      value = names.unpermuted(value, heads[kind])
+    if entry.transposed:
+      value = np.ascontiguousarray(value.T)
+    params[entry.path] = place(entry.path, value)
+  return traverse_util.unflatten_dict(params, sep="/")
+
+
+def gguf_settings(metadata, shapes) -> dict:
+  """Translates GGUF's metadata as `architectures.from_hugging_face` does.
+
+  Args:
+    metadata: of the file.
+    shapes: of its tensors.
+
+  Raises:
+    ConfigError: the architecture is not LLaMA's, the only one whose order of
+      rows is known here, or a setting cannot be imported.
+  """
+  kind = metadata.get("general.architecture")
+  if kind != "llama":
+    raise config_lib.ConfigError(
+      f"a GGUF file of architecture {kind!r} cannot be imported, only 'llama': "
+      "import the model's Hugging Face folder"
+    )
+
+  def value(name, default=None):
+    stored = metadata.get(f"llama.{name}", default)
+    # Fractions are float32 there: 1e-5 reads as 9.999999747e-06.
+    return float(f"{stored:.7g}") if isinstance(stored, float) else stored
+
+  if (
+    value("rope.scaling.type", "none") != "none"
+    or "rope_freqs.weight" in shapes
+  ):
+    raise config_lib.ConfigError(
+      "the GGUF file scales RoPE: import the model's Hugging Face folder"
+    )
+  return architectures.from_hugging_face(
+    {
+      "model_type": "llama",
+      "vocab_size": shapes["token_embd.weight"][0]
+      if "token_embd.weight" in shapes
+      else value("vocab_size"),
+      "hidden_size": value("embedding_length"),
+      "num_hidden_layers": value("block_count"),
+      "num_attention_heads": value("attention.head_count"),
+      "num_key_value_heads": value("attention.head_count_kv"),
+      "head_dim": value("attention.key_length"),
+      "intermediate_size": value("feed_forward_length"),
+      "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+      "rope_theta": value("rope.freq_base", 10000.0),
+      "tie_word_embeddings": "output.weight" not in shapes,
+    }
+  )
+
+
+def run_config(llama: llama_lib.LlamaConfig):
+  """Returns the config of the run folder that an import makes."""
+  config = config_lib.default_config()
+  changes = {"stage": loading.LLM_STAGE, "text.vocab_size": llama.vocab_size}
+  for key in config.llm:
+    value = getattr(llama, key)
+    if key == "rope_scaling":
+      if value is not None:
+        changes |= {
+          f"llm.rope_scaling.{name}": getattr(value, name)
+          for name in config.llm.rope_scaling
+        }
+    else:
+      changes[f"llm.{key}"] = value
+  return config_lib.apply_overrides(config, changes)
+
+
+def _tokenizer(path: pathlib.Path) -> text_tokenizer_lib.TextTokenizer:
+  """Loads the text tokenizer that comes with a checkpoint."""
+  if not path.is_file():
+    return text_tokenizer_lib.load_text_tokenizer(path)
+  import tempfile  # pylint: disable=g-import-not-at-top
+
+  import transformers  # pylint: disable=g-import-not-at-top
+
+  tokenizer = transformers.AutoTokenizer.from_pretrained(
+    path.parent, gguf_file=path.name
+  )
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer.save_pretrained(folder)
+    return text_tokenizer_lib.load_text_tokenizer(folder)
+
+
+def _json(path: pathlib.Path) -> dict:
+  """Reads a JSON file."""
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError as error:
+    raise config_lib.ConfigError(
+      f"{path} is not there: name the folder of a Hugging Face checkpoint"
+    ) from error
+  except ValueError as error:
+    raise config_lib.ConfigError(f"{path} is not JSON: {error}") from error
