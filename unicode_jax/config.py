@@ -223,6 +223,8 @@ def default_config() -> ConfigDict:
   scaling.low_freq_factor = 1.0
   scaling.high_freq_factor = 4.0
   llm.norm_eps = 1e-5
+  # Positions that it was made for: for whoever serves an export, not for us.
+  llm.context_length = 2048
   # Use the input table as the output head too.
   llm.tie_embeddings = True
   # Qwen2's biases, Qwen3's normalisation of queries and keys.

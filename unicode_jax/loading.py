@@ -39,6 +39,7 @@ def build_llama(config) -> llama_lib.LlamaConfig | None:
     return None
   settings = dict(config.llm)
   scaling = rope.RopeScaling(**settings.pop("rope_scaling"))
+  del settings["context_length"]  # Changes nothing that the model computes.
   separate = config.stage == "instruct" and config.instruct.vision == "separate"
   return llama_lib.LlamaConfig(
     vocab_size=config.text.vocab_size * (2 if separate else 1),

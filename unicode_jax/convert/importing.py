@@ -14,6 +14,7 @@ import logging
 import os
 import pathlib
 import shutil
+import tempfile
 
 from flax import traverse_util
 import jax
@@ -24,9 +25,6 @@ from unicode_jax import config as config_lib, loading
 from unicode_jax.convert import architectures, names, readers
 from unicode_jax.data import text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import llama as llama_lib
-
-# Files that say how text becomes ids.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def import_checkpoint(path, out) -> pathlib.Path:
@@ -51,25 +49,24 @@ def import_checkpoint(path, out) -> pathlib.Path:
   gguf = path.is_file()
   if gguf:
     reader = readers.GGUFReader(path)
-    settings = gguf_settings(reader.metadata, reader.shapes)
+    description = gguf_description(reader.metadata, reader.shapes)
   else:
-    settings = architectures.from_hugging_face(_json(path / "config.json"))
+    description = _json(path / "config.json")
     reader = readers.SafetensorsReader(path)
-  llama = llama_lib.LlamaConfig(**settings)
+  llama = llama_lib.LlamaConfig(**architectures.from_hugging_face(description))
   entries = names.table(llama, gguf)
   names.check(entries, reader.shapes, str(path), llama.tie_embeddings)
-  tokenizer = _tokenizer(path)
-  if tokenizer.vocab_size > llama.vocab_size:
-    raise config_lib.ConfigError(
-      f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
-      f"{llama.vocab_size} rows: they do not belong together"
-    )
-  config = run_config(llama)
+  config = run_config(llama, description.get("max_position_embeddings"))
 
   work = out.with_name(f".{out.name}.{os.getpid()}")
   work.mkdir(parents=True)
   try:
-    tokenizer.save(work / loading.TEXT_TOKENIZER)
+    tokens = _save_tokenizer(path, work / loading.TEXT_TOKENIZER)
+    if tokens > llama.vocab_size:
+      raise config_lib.ConfigError(
+        f"{path}: the tokenizer has {tokens} tokens, the model "
+        f"{llama.vocab_size} rows: they do not belong together"
+      )
     (work / "config.json").write_text(config_lib.to_json(config))
     params = read_parameters(reader, entries, llama, gguf)
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -118,8 +115,8 @@ def read_parameters(
   return traverse_util.unflatten_dict(params, sep="/")
 
 
-def gguf_settings(metadata, shapes) -> dict:
-  """Translates GGUF's metadata as `architectures.from_hugging_face` does.
+def gguf_description(metadata, shapes) -> dict:
+  """Translates GGUF's metadata to Hugging Face's `config.json`.
 
   Args:
     metadata: of the file.
@@ -148,30 +145,30 @@ def gguf_settings(metadata, shapes) -> dict:
     raise config_lib.ConfigError(
       "the GGUF file scales RoPE: import the model's Hugging Face folder"
     )
-  return architectures.from_hugging_face(
-    {
-      "model_type": "llama",
-      "vocab_size": shapes["token_embd.weight"][0]
-      if "token_embd.weight" in shapes
-      else value("vocab_size"),
-      "hidden_size": value("embedding_length"),
-      "num_hidden_layers": value("block_count"),
-      "num_attention_heads": value("attention.head_count"),
-      "num_key_value_heads": value("attention.head_count_kv"),
-      "head_dim": value("attention.key_length"),
-      "intermediate_size": value("feed_forward_length"),
-      "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
-      "rope_theta": value("rope.freq_base", 10000.0),
-      "tie_word_embeddings": "output.weight" not in shapes,
-    }
-  )
+  rows = shapes.get("token_embd.weight", [value("vocab_size")])[0]
+  return {
+    "model_type": "llama",
+    "vocab_size": rows,
+    "hidden_size": value("embedding_length"),
+    "num_hidden_layers": value("block_count"),
+    "num_attention_heads": value("attention.head_count"),
+    "num_key_value_heads": value("attention.head_count_kv"),
+    "head_dim": value("attention.key_length"),
+    "intermediate_size": value("feed_forward_length"),
+    "rms_norm_eps": value("attention.layer_norm_rms_epsilon"),
+    "rope_theta": value("rope.freq_base", 10000.0),
+    "tie_word_embeddings": "output.weight" not in shapes,
+    "max_position_embeddings": value("context_length"),
+  }
 
 
-def run_config(llama: llama_lib.LlamaConfig):
+def run_config(llama: llama_lib.LlamaConfig, context_length: int | None):
   """Returns the config of the run folder that an import makes."""
   config = config_lib.default_config()
   changes = {"stage": loading.LLM_STAGE, "text.vocab_size": llama.vocab_size}
-  for key in config.llm:
+  if context_length is not None:
+    changes["llm.context_length"] = context_length
+  for key in set(config.llm) - {"context_length"}:
     value = getattr(llama, key)
     if key == "rope_scaling":
       if value is not None:
@@ -184,20 +181,25 @@ def run_config(llama: llama_lib.LlamaConfig):
   return config_lib.apply_overrides(config, changes)
 
 
-def _tokenizer(path: pathlib.Path) -> text_tokenizer_lib.TextTokenizer:
-  """Loads the text tokenizer that comes with a checkpoint."""
-  if not path.is_file():
-    return text_tokenizer_lib.load_text_tokenizer(path)
-  import tempfile  # pylint: disable=g-import-not-at-top
+def _save_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> int:
+  """Copies the text tokenizer and its chat template; returns its size."""
+  if path.is_file():
+    import transformers  # pylint: disable=g-import-not-at-top
 
-  import transformers  # pylint: disable=g-import-not-at-top
-
-  tokenizer = transformers.AutoTokenizer.from_pretrained(
-    path.parent, gguf_file=path.name
-  )
-  with tempfile.TemporaryDirectory() as folder:
-    tokenizer.save_pretrained(folder)
-    return text_tokenizer_lib.load_text_tokenizer(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      path.parent, gguf_file=path.name
+    )
+    with tempfile.TemporaryDirectory() as saved:
+      tokenizer.save_pretrained(saved)
+      return _save_tokenizer(pathlib.Path(saved), folder)
+  tokenizer = text_tokenizer_lib.load_text_tokenizer(path)
+  tokenizer.save(folder)
+  template = path / "chat_template.jinja"
+  if template.is_file():
+    file = folder / "tokenizer_config.json"
+    settings = _json(file) | {"chat_template": template.read_text("utf-8")}
+    file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+  return tokenizer.vocab_size
 
 
 def _json(path: pathlib.Path) -> dict:

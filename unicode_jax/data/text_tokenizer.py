@@ -121,6 +121,10 @@ class TextTokenizer:
       )
     return self._vocab[name]
 
+  def token_name(self, id_: int) -> str:
+    """Returns how the vocabulary spells a token."""
+    return self._names[id_]
+
   def encode(self, text: str) -> list[int]:
     """Tokenises text; returns ids none of which is a control token.
 

@@ -1,0 +1,66 @@
+"""Exports a run's language model as a Hugging Face folder.
+
+  python -m unicode_jax.export --workdir=RUN --out=DIR
+
+transformers' AutoModelForCausalLM and AutoTokenizer load the folder with no
+code of this project, and so does what serves such folders. `--workdir` is a run
+of stage I or II, or what `unicode_jax.convert` made.
+"""
+
+from collections.abc import Sequence
+import sys
+
+from absl import app, flags, logging
+
+from unicode_jax import config as config_lib
+
+
+def main(argv: Sequence[str]) -> int:
+  """Exports what the flags name.
+
+  Args:
+    argv: What is left of the command line after flags: the program's name.
+
+  Returns:
+    The exit status.
+
+  Raises:
+    ConfigError: If a flag names nothing that can be exported.
+  """
+  if len(argv) > 1:
+    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
+  values = flags.FLAGS
+  if not values["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
+  # JAX takes seconds to import, so only flags that can work get to it.
+  from unicode_jax import loading
+  from unicode_jax.convert import exporting
+
+  loaded = loading.load_llm(values.workdir, values.step)
+  print(f"exported to {exporting.export_llm(loaded, values.out, values.dtype)}")
+  return 0
+
+
+def run() -> None:
+  """Runs the command; exit statuses are those of `unicode_jax.main`."""
+  flags.DEFINE_string("workdir", None, "Run folder.", required=True)
+  flags.DEFINE_string("out", None, "Folder to make.", required=True)
+  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if unset.")
+  flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ["float32", "bfloat16", "float16"],
+    "Of the weights that are written; they are trained in float32.",
+  )
+  try:
+    app.run(main)
+  except config_lib.ConfigError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    print("interrupted: nothing was made", file=sys.stderr)
+    sys.exit(130)
+
+
+if __name__ == "__main__":
+  run()
