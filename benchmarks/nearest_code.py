@@ -6,14 +6,15 @@
 Prints one Markdown table: a row for each implementation and size with the
 median and range of interleaved repetitions, the time beside ours, the rate of
 the useful product (2 N K C a depth), its share of what the same product alone
-reaches in jnp, the memory it takes above its inputs (in a process of its own),
-and the share of indices that equal a float64 search's. All are float32 but
-"fast". Peers walk over chunks of queries where they would build an N x K matrix
-otherwise; one that is not installed is left out. What takes longer than
---patience seconds is timed once. The load of the machine is printed before and
-after: two-thread times mean little beside other work.
+reaches in jnp, the memory it takes above its inputs (in a process of its own,
+what compiling takes included), and the share of indices that equal a float64
+search's. All are float32 but "fast".
 
-On a GPU the same command compares what is installed for it.
+Peers walk over chunks of queries where they would build an N x K matrix
+otherwise; one that is not installed is left out. What takes longer than
+--patience seconds is timed once, compiling included, and marked "once". The
+load of the machine is printed before and after: two-thread times mean little
+beside other work. It was written for CPUs; on a GPU memory is the host's.
 """
 
 import argparse
@@ -315,12 +316,16 @@ def _measure(names, queries, codes, dim, depth, repeats, patience, memory):
   size = f"N={queries} K={codes} C={dim}" + (f" D={depth}" if depth > 1 else "")
   for name, seconds in times.items():
     rate = 2e-9 * queries * codes * dim * depth / median[name]
-    share = median["jnp_product"] / median[name]
+    share = median.get("jnp_product", np.nan) / median[name]
     taken = _memory(name, queries, codes, dim, depth) if memory else "-"
     print(
       f"| {size} | {name} | {1e3 * median[name]:.1f} | "
-      f"{1e3 * min(seconds):.1f}-{1e3 * max(seconds):.1f} | "
-      f"{median[name] / median['ours']:.2f} | {rate:.0f} | {share:.2f} | "
+      + (
+        f"{1e3 * min(seconds):.1f}-{1e3 * max(seconds):.1f} | "
+        if name in searches
+        else "once | "
+      )
+      + f"{median[name] / median['ours']:.2f} | {rate:.0f} | {share:.2f} | "
       f"{taken} | {agreement[name]} |",
       flush=True,
     )

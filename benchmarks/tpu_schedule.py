@@ -15,9 +15,10 @@ compiles
 
 and prints the bundles of the main loop for every 1024 distances (a register of
 8 x 128), beside the floor: what the matrix unit's published peak takes for the
-columns that are multiplied, of which an exact float32 product has six for every
-dimension. A time is the larger of both. XLA's loop says nothing of how much a
-trip of it does; that is counted by its comparisons of floats, one a register.
+columns that are multiplied, 128 (v5) or 256 (v6e) at once. XLA's exact product
+is six of bfloat16; ours has them as columns. A time is the larger of bundles
+and floor. XLA's loop says nothing of how much a trip of it does; that is
+counted by its comparisons of floats, one a register.
 """
 
 import argparse
@@ -30,11 +31,12 @@ import subprocess
 import sys
 import tempfile
 
-# FLOP a cycle of a core, bfloat16: published peak over clock.
+# A topology; FLOP a cycle of a core, bfloat16 (published peak over clock); and
+# the columns that a matrix unit multiplies at once.
 _CHIPS = {
-  "v5e": ("v5e:2x2", 131072),
-  "v5p": ("v5p:2x2x1", 131072),
-  "v6e": ("v6e:2x2", 524288),
+  "v5e": ("v5e:2x2", 131072, 128),
+  "v5p": ("v5p:2x2x1", 131072, 128),
+  "v6e": ("v6e:2x2", 524288, 256),
 }
 _LINE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2})?[ >:]*\{")
 _START = re.compile(r"Start(?:/End empty)? region (\d+)")
@@ -86,7 +88,8 @@ def compile_and_read(chip: str, program: str, size: dict) -> dict:
       check=False,
     )
     if done.returncode:
-      raise RuntimeError(done.stderr.strip().splitlines()[-1])
+      said = done.stderr.strip().splitlines() or ["no message"]
+      raise RuntimeError(said[-1])
     made = json.loads(done.stdout.splitlines()[-1])
     paths = [
       path
@@ -94,7 +97,9 @@ def compile_and_read(chip: str, program: str, size: dict) -> dict:
       if "schedule-analysis" not in path.name and _NAMES[program] in path.name
     ]
     # XLA has other fusions too, which compare nothing.
-    compared, bundles = max(read(path) for path in paths)
+    compared, bundles = max((read(path) for path in paths), default=(0, 0))
+    if not bundles or (program == "xla" and not compared):
+      raise RuntimeError("no loop was found in its schedule")
     return made | {"bundles": bundles, "compared": compared}
 
 
@@ -124,14 +129,6 @@ def compile_program(chip: str, program: str, size: dict) -> dict:
     with jax.set_mesh(mesh):
       return jax.jit(function).lower(*shapes).compile()
 
-  def tile():
-    with jax.set_mesh(mesh):
-      generation, depth, vmem = search_tpu._chip()
-    width = operands.width(dim, dtype, dtype, size["fast"])
-    width, folded = search_tpu._columns(width, depth)
-    tile = search_tpu._tile(generation, vmem, num_queries, num_codes, width)
-    return (*tile, width, folded, vmem)
-
   if program == "xla":
 
     def search(z, codebook):
@@ -144,13 +141,20 @@ def compile_program(chip: str, program: str, size: dict) -> dict:
 
     compiled(search, ((num_queries, dim), dtype), ((num_codes, dim), dtype))
     return {}
-  queries, codes, width, folded, vmem = tile()
+  with jax.set_mesh(mesh):
+    generation, depth, vmem = search_tpu._chip()
+  queries, codes = search_tpu._tile(generation, num_queries, num_codes)
+  width, folded = search_tpu._columns(
+    operands.width(dim, dtype, dtype, size["fast"]), depth
+  )
   made = {
     "queries": queries,
     "codes": codes,
     "columns": width,
-    "folded": bool(folded),
+    "note": "" if folded else " + bias",
   }
+  if width > search_tpu._WIDEST:
+    made["note"] = ", in parts"
   if program == "ours":
     compiled(
       lambda z, c, bias: search_tpu.search(z, c, bias, size["fast"]),
@@ -177,7 +181,7 @@ def compile_program(chip: str, program: str, size: dict) -> dict:
       out_shape=jax.ShapeDtypeStruct((codes, num_queries), jnp.float32),
       compiler_params=pltpu.CompilerParams(
         dimension_semantics=("parallel", "arbitrary"),
-        vmem_limit_bytes=int(0.75 * vmem),
+        vmem_limit_bytes=int(0.9 * vmem),
       ),
       name="product",
     ),
@@ -195,34 +199,31 @@ def row(chip: str, size: dict) -> str:
       found[program] = compile_and_read(chip, program, size)
     except RuntimeError as error:
       print(f"{chip} {size}: {program}: {error}", file=sys.stderr)
-  ours, product = found["ours"], found["product"]
-  registers = ours["queries"] * ours["codes"] / 1024
-  flop = 2 * 1024 / _CHIPS[chip][1]
   exact = size["dtype"] == "float32" and not size["fast"]
-  floor = flop * size["dim"] * (6 if exact else 1)
-  ours_floor = flop * ours["columns"]
-  each = ours["bundles"] / registers
-  alone = product["bundles"] / registers
-  cells = [
-    chip,
-    "float32 exact" if exact else "bfloat16",
-    str(size["dim"]),
-    f"{ours['queries']}x{ours['codes']}x{ours['columns']}"
-    + ("" if ours["folded"] else " + bias"),
-    f"{each:.2f}",
-    f"{alone:.2f}",
-    f"{each / alone:.3f}",
-    f"{ours_floor:.2f}",
-  ]
-  if xla := found.get("xla"):
-    fused = xla["bundles"] / xla["compared"]
-    cells += [
-      f"{fused:.2f}",
-      f"{floor:.2f}",
-      f"{max(fused, floor) / max(each, ours_floor):.2f}",
-    ]
-  else:
-    cells += ["-"] * 3
+  _, peak, depth = _CHIPS[chip]
+
+  def cycles(columns):
+    return 2 * 1024 * depth * -(-columns // depth) / peak
+
+  floor = cycles(size["dim"]) * (6 if exact else 1)
+  cells = [chip, "float32 exact" if exact else "bfloat16", str(size["dim"])]
+  cells += ["-"] * 8
+  ours = found.get("ours")
+  if ours:
+    registers = ours["queries"] * ours["codes"] / 1024
+    each, ours_floor = ours["bundles"] / registers, cycles(ours["columns"])
+    tile = f"{ours['queries']}x{ours['codes']}x{ours['columns']}"
+    cells[3:5] = tile + ours["note"], f"{each:.2f}"
+    cells[7] = f"{ours_floor:.2f}"
+    # What is cut into parts is not one product.
+    if "product" in found and "parts" not in ours["note"]:
+      alone = found["product"]["bundles"] / registers
+      cells[5:7] = f"{alone:.2f}", f"{each / alone:.3f}"
+  if "xla" in found:
+    fused = found["xla"]["bundles"] / found["xla"]["compared"]
+    cells[8:10] = f"{fused:.2f}", f"{floor:.2f}"
+    if ours:
+      cells[10] = f"{max(fused, floor) / max(each, ours_floor):.2f}"
   return "| " + " | ".join(cells) + " |"
 
 

@@ -61,6 +61,9 @@ def default_config() -> ConfigDict:
   # from (INHERITED): for "instruct" stage I's, or an earlier one of its own;
   # for "pretrain", if set, a tokenizer's, whose encoder and decoder go on.
   config.init_from = placeholder(str)
+  # For "pretrain", a folder whose language model goes on, with its text
+  # tokenizer: an imported one (unicode_jax.convert), or an earlier run.
+  config.llm_from = placeholder(str)
   # Suites to evaluate when the training is done, separated by commas, or "all";
   # None evaluates nothing beyond the held-out losses.
   config.evaluate = placeholder(str)
@@ -571,6 +574,11 @@ _IMPOSSIBLE = (
     "--config=configs/pretrain.py --workdir=RUN and set init_from=RUN",
   ),
   (
+    lambda c: c.stage != "pretrain" and c.llm_from is not None,
+    "llm_from={c.llm_from!r} with stage={c.stage!r}: only stage I starts from "
+    "a language model; leave it unset",
+  ),
+  (
     lambda c: c.stage not in INHERITED and c.init_from is not None,
     "init_from={c.init_from!r} is not read by stage {c.stage!r}: leave it "
     "unset",
@@ -741,6 +749,7 @@ _STARTS = {
 # Of these, what changes speed and memory alone and may differ.
 _RUNTIME = (
   "tokenizer.dtype",
+  "llm.scan_layers",
   "llm.attention_block",
   "llm.remat_policy",
   "llm.dtype",
@@ -766,6 +775,8 @@ def inherit(
     ConfigError: If there is nothing fit to start from, or the user set a key
       that comes from there to another value.
   """
+  if config.llm_from is not None and config.stage == "pretrain":
+    config = _inherit_llm(config, chosen)
   if config.init_from is None or config.stage not in INHERITED:
     return config
   where = f"init_from={config.init_from!r}"
@@ -783,11 +794,48 @@ def inherit(
       f"{where} is a run of stage {start.stage!r}, from which stage "
       f"{config.stage!r} cannot start: name a run of {remedy}"
     )
+  return _take(config, flatten(start), INHERITED[config.stage], chosen, where)
+
+
+def _inherit_llm(config: ConfigDict, chosen: Sequence[str]) -> ConfigDict:
+  """Gives stage I the language model of `llm_from`, and its tokenizer."""
+  where = f"llm_from={config.llm_from!r}"
+  path = os.path.join(config.llm_from, "config.json")
+  if not os.path.isfile(path):
+    raise ConfigError(
+      f"{where} holds no language model (no config.json in it): import one "
+      "with python -m unicode_jax.convert --path=DIR --out=RUN"
+    )
+  start = from_json(path)
+  if start.stage == "tokenizer" or (
+    start.stage == "instruct" and start.instruct.vision != "unified"
+  ):
+    raise ConfigError(
+      f"{where} is a run of stage {start.stage!r} with instruct.vision="
+      f"{start.instruct.vision!r}, which has no language model to go on with: "
+      "name an imported one, or a run of stage I"
+    )
+  values = flatten(start)
+  values["text.tokenizer_path"] = os.path.join(
+    config.llm_from, "text_tokenizer"
+  )
+  keys = ["llm", "text.vocab_size", "text.tokenizer_path"]
+  if start.stage in ("pretrain", "instruct"):  # Which know of images.
+    keys += ["text.image_start", "text.image_end"]
+  return _take(config, values, keys, chosen, where)
+
+
+def _take(
+  config: ConfigDict,
+  values: Mapping[str, Any],
+  keys: Sequence[str],
+  chosen: Sequence[str],
+  where: str,
+) -> ConfigDict:
+  """Takes keys, or all below them, from another config's values."""
   wanted, inherited = flatten(config), {}
-  for key, value in flatten(start).items():
-    if not any(
-      key == k or key.startswith(k + ".") for k in INHERITED[config.stage]
-    ):
+  for key, value in values.items():
+    if not any(key == k or key.startswith(k + ".") for k in keys):
       continue
     if key not in chosen:
       inherited[key] = value

@@ -160,6 +160,7 @@ class Encoder:
     self._split = jax.sharding.NamedSharding(mesh, spec("data"))
     size = max(batch_size // len(views), 1)
     self._batch_size = -(-size // len(devices)) * len(devices)
+    self._mesh = mesh
     self._variables = jax.device_put(variables, whole)
 
     @functools.partial(jax.jit, out_shardings=whole)
@@ -184,7 +185,8 @@ class Encoder:
     """
     padding = [(0, self._batch_size - len(images))] + [(0, 0)] * 3
     images = jax.device_put(np.pad(images, padding), self._split)
-    return self._encode(self._variables, images)
+    with jax.set_mesh(self._mesh):  # Kernels cannot be split otherwise.
+      return self._encode(self._variables, images)
 
   def shard(self, shard) -> Iterator[np.ndarray]:
     """Yields the codes of a `code_cache.Shard`, int32[n, views, P, D] each."""

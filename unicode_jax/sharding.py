@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 BATCH_AXES = ("data", "fsdp")
-# Rows of the codebook: where a mesh has this axis, the search is split over it.
+# Rows of the codebook: where a mesh has this axis the search is split over it;
+# those of `make_mesh` have not.
 CODE_AXIS = "tensor"
 # Smaller arrays stay whole: splitting them costs more in latency than it saves
 # in memory.

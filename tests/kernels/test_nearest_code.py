@@ -1,7 +1,7 @@
 """Nearest-code search against float64, faiss, ties, masks and bad inputs.
 
 Kernels for other platforms run interpreted, TPUs' with their memory and
-transfers simulated, which finds races too.
+transfers simulated, so that races are found too.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import functools
 
 from hypothesis import given, settings, strategies as st
 import jax
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -40,13 +41,22 @@ def interpreted_gpu():
 
 def find(backend, z, codebook, **options):
   """Searches with a backend, whatever the platform."""
-  context = contextlib.nullcontext()
-  if backend == "pallas_tpu":
-    params = pltpu.InterpretParams(detect_races=True)
-    context = pltpu.force_tpu_interpret_mode(params)
-  with context:
+  with interpreted(backend):
     found = nearest_code(z, codebook, backend=backend, **options)
     return jax.tree.map(np.asarray, found)
+
+
+@contextlib.contextmanager
+def interpreted(backend):
+  """Runs the TPU kernel without one."""
+  if backend != "pallas_tpu":
+    yield
+    return
+  params = pltpu.InterpretParams(detect_races=True)
+  with pltpu.force_tpu_interpret_mode(params):
+    yield
+  # JAX tells nobody else.
+  assert not interpret_pallas_call.races.races_found
 
 
 # Below, at and above the blocks; multiples of them, primes, and ones.
@@ -327,10 +337,7 @@ def test_ranks_are_the_biased_products(backend):
   bias[::7] = np.inf
   codebook[::7] = 0
   expected = bias.astype(np.float64) - z.astype(np.float64) @ codebook.T
-  context = contextlib.nullcontext()
-  if backend == "pallas_tpu":
-    context = pltpu.force_tpu_interpret_mode()
-  with context:
+  with interpreted(backend):
     value, index = nearest_code_lib.BACKENDS[backend](
       z, codebook, bias, fast=False
     )
@@ -338,17 +345,43 @@ def test_ranks_are_the_biased_products(backend):
   np.testing.assert_allclose(value, expected.min(1), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("dim", [6, 64, 128, 256])
-def test_tpu_tiles_fit(dim):
-  """Of every generation, at the sizes that models have."""
-  for generation, vmem in ((4, 16), (5, 128), (6, 128), (7, 64)):
-    for fast in (False, True):
-      width = operands.width(dim, np.float32, np.float32, fast)
-      queries, codes = search_tpu._tile(
-        generation, vmem * 2**20, 65536, 32768, width
-      )
-      assert queries % 128 == codes % 16 == 0
-      assert (queries + codes) * width * 4 <= vmem * 2**19
+@pytest.fixture
+def small_tiles(monkeypatch):
+  """Cuts everything into blocks, and wide operands into parts."""
+  monkeypatch.setattr(search_tpu, "_TILES", {4: (128, 32), 5: (128, 32)})
+  monkeypatch.setattr(search_tpu, "_WIDEST", 64)
+  monkeypatch.setattr(search_tpu, "_PART", 16)
+  monkeypatch.setattr(search_gpu, "_COLUMNS", 16)
+  monkeypatch.setattr(search_gpu, "_PROGRAMS", 9)
+  jax.clear_caches()
+  yield
+  jax.clear_caches()
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("dim", [3, 40, 130])
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_gpu"])
+def test_ties_across_tiles_and_parts(backend, dim, fast):
+  rng = np.random.default_rng(1)
+  z = rng.integers(-3, 4, (300, dim)).astype(np.float32)
+  codebook = rng.integers(-1, 2, (40, dim)).astype(np.float32)
+  codebook = codebook[rng.integers(40, size=333)]
+  valid = rng.random(333) < 0.5
+  expected = np.where(valid, distances(z, codebook), np.inf)
+  found = find(
+    backend, z, codebook, valid=valid, precision="fast" if fast else "exact"
+  )
+  np.testing.assert_array_equal(found.indices, expected.argmin(1))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_gpu"])
+def test_parts_are_exact(backend):
+  z, codebook = normal((100, 150), (500, 150), seed=4)
+  expected = distances_by_product(z, codebook)
+  found = find(backend, z, codebook)
+  np.testing.assert_array_equal(found.indices, expected.argmin(1))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -364,10 +397,7 @@ def test_stacked_against_float64(depth, backend):
     indices.append(expected.argmin(1))
     left = left - gain * codebook[indices[-1]]
     energies.append((left**2).sum(1))
-  context = contextlib.nullcontext()
-  if backend == "pallas_tpu":
-    context = pltpu.force_tpu_interpret_mode()
-  with context:
+  with interpreted(backend):
     found = stacked_nearest_code(
       z, codebook, gains, valid=valid, backend=backend
     )
@@ -383,27 +413,62 @@ def test_stacked_is_what_the_quantizer_chooses():
   np.testing.assert_array_equal(found.indices.reshape(2, 4, 4, 3), expected)
 
 
-@pytest.mark.parametrize("gains", [np.ones((2, 1)), np.zeros(2), -np.ones(1)])
+@pytest.mark.parametrize(
+  "gains", [np.ones((2, 1)), np.zeros(2), -np.ones(1), [np.inf, 1.0], []]
+)
 def test_stacked_wrong_gains(gains):
   with pytest.raises(ValueError, match="positive numbers"):
     stacked_nearest_code(np.ones((2, 3)), np.ones((4, 3)), gains)
 
 
-def test_each_platform_gets_its_kernel(monkeypatch):
-  """Lowered for platforms that are not here."""
-  monkeypatch.setitem(
-    nearest_code_lib.BACKENDS, "pallas_gpu", search_gpu.search
-  )
+def lowered(backend, platform, dim, dtype=jnp.float32):
+  """Returns a search's program for a platform that is not here."""
+  search = jax.jit(functools.partial(nearest_code, backend=backend))
   shapes = (
-    jax.ShapeDtypeStruct((2048, 32), jnp.float32),
-    jax.ShapeDtypeStruct((4096, 32), jnp.float32),
+    jax.ShapeDtypeStruct((2048, dim), dtype),
+    jax.ShapeDtypeStruct((4096, dim), dtype),
   )
-
-  def lowered(backend, platform):
-    search = jax.jit(functools.partial(nearest_code, backend=backend))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(nearest_code_lib.BACKENDS, "pallas_gpu", search_gpu.search)
     return search.trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
 
-  assert "tpu_custom_call" in lowered("auto", "tpu")
-  assert "tpu_custom_call" not in lowered("auto", "cpu")
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dim", [6, 64, 300])
+def test_each_platform_gets_its_kernel(dim, dtype):
+  lower = functools.partial(lowered, dim=dim, dtype=dtype)
+  assert "tpu_custom_call" in lower("auto", "tpu")
+  assert "tpu_custom_call" not in lower("auto", "cpu")
   # Down to Triton's own code, which its verifier has read.
-  assert "gpu.triton" in lowered("pallas_gpu", "cuda")
+  assert "gpu.triton" in lower("pallas_gpu", "cuda")
+
+
+def test_settings_of_the_user_do_not_matter():
+  """Precision is the search's own, and wide types stay outside."""
+  with jax.default_matmul_precision("highest"):
+    assert "fp32" not in lowered("pallas_tpu", "tpu", 6)
+  z, codebook = normal((20, 4), (30, 4))
+  expected = nearest_code(z, codebook)
+  with jax.enable_x64(True):
+    found = nearest_code(z, codebook)
+    assert found.indices.dtype == jnp.int32
+    assert found.distances.dtype == jnp.float32
+    for backend in BACKENDS[1:]:
+      again = find(backend, z, codebook)
+      np.testing.assert_array_equal(again.indices, expected.indices)
+  np.testing.assert_array_equal(found.indices, expected.indices)
+
+
+def test_inside_a_shard_map():
+  z, codebook = normal((20, 4), (30, 4))
+  expected = nearest_code(z, codebook)
+  mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+  spec = jax.sharding.PartitionSpec()
+  found = jax.shard_map(
+    nearest_code,
+    mesh=mesh,
+    in_specs=(spec, spec),
+    out_specs=spec,
+    check_vma=False,
+  )(z, codebook)
+  np.testing.assert_array_equal(found.indices, expected.indices)

@@ -53,6 +53,9 @@ for shape in ((8, 1, 1), (2, 2, 2), (1, 1, 8), (1, 4, 2), (2, 1, 4)):
     found = search(*inputs)
     text = search.lower(*inputs).as_text()
     split += "shard_map" in text or "manual" in text.lower()
+    # Their kernel too, which XLA could not split by itself.
+    for_tpu = search.trace(*inputs).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in for_tpu.as_text()
     deep = jax.jit(lambda z, c, v: stacked_nearest_code(
         z, c, [1.0, 0.5], valid=v).indices, out_shardings=whole)(*inputs)
   local = lambda x: np.asarray(x.addressable_data(0))

@@ -18,7 +18,9 @@ from unicode_jax import (
   loading,
   sharding,
 )
+from unicode_jax.convert import exporting, importing
 from unicode_jax.data import pipeline
+from unicode_jax.models import llama as llama_lib
 from unicode_jax.stages import pretrain, run_folder, runner
 from unicode_jax.training import loop
 
@@ -289,3 +291,40 @@ def test_easy_vqa_test_images_are_never_trained_on():
   test = stage.data.heldout_images["easy_vqa_test"]
   assert len(test) == 1000
   assert not trained & {image.tobytes() for image in test}
+
+
+def test_stage_one_starts_from_a_language_model(stage_one, tmp_path):
+  """Its weights, its tokenizer, and a codebook made of its table."""
+  workdir, *_ = stage_one
+  loaded = loading.load_llm(workdir)
+  out = exporting.export_llm(loaded, tmp_path / "hf")
+  llm = importing.import_checkpoint(out, tmp_path / "llm")
+  for scanned in (False, True):
+    overrides = {"llm_from": str(llm), "llm.scan_layers": scanned}
+    config = config_lib.apply_overrides(
+      pretrain_config.get_config("debug"), overrides
+    )
+    config = config_lib.validate(config_lib.inherit(config, tuple(overrides)))
+    assert config.text.tokenizer_path == str(llm / "text_tokenizer")
+    stage = make_stage(config)
+    state = stage.init(jax.random.key(0), stage.start())
+    params = state.variables.params["llm"]
+    assert ("layers" in params) == scanned
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      llama_lib.with_layers_as(params, False),
+      dict(loaded.params),
+    )
+    # What the codebook is made from is the table that was given.
+    np.testing.assert_allclose(
+      stage.model.table(state.variables),
+      stage.model.language_table(state.variables),
+      atol=1e-5,
+    )
+  with pytest.raises(config_lib.ConfigError, match="leave it unset"):
+    wrong = config_lib.apply_overrides(config, {"llm.embed_dim": 64})
+    config_lib.inherit(wrong, ("llm_from", "llm.embed_dim"))
+  with pytest.raises(config_lib.ConfigError, match="holds no language model"):
+    config_lib.inherit(
+      config_lib.apply_overrides(config, {"llm_from": str(tmp_path)})
+    )

@@ -11,7 +11,7 @@ that returns the least `bias_k - z.C_k` and the lowest k that has it, where
 `bias_k` is ||C_k||^2 / 2, or infinity for a code that may not be chosen.
 Another backend is another entry of `BACKENDS`.
 
-Does not do: gradients (the choice has none), or the fit of gains (`quantizer`).
+Does not do: gradients (the choice has none), gains or their fit (`quantizer`).
 """
 
 import functools
@@ -54,9 +54,15 @@ def nearest_code(
   error that cannot be raised under `jit`, the index is -1 and the distance
   infinite.
 
-  With a mesh set (`jax.set_mesh`), queries are split over its axes `data` and
-  `fsdp` and codes over `tensor`, as far as it has them: each device searches
-  its own codes, and the best of all are compared.
+  "exact" is exact as a float32 product is: of codes whose squared distances to
+  a query differ by less than 1e-6 of (||z|| + ||c||)^2, either may be chosen.
+
+  On several devices set the mesh (`jax.set_mesh`; its axes must be `Auto`): TPU
+  kernels cannot be split otherwise. Queries are then split over its axes `data`
+  and `fsdp` and codes over `tensor`, as far as it has them: each device
+  searches its own codes, and the best of all are compared. Inside
+  `jax.shard_map` a call searches what its device has, and needs
+  `check_vma=False`.
 
   Args:
     z: float32[N, C] or bfloat16[N, C], the queries.
@@ -64,14 +70,16 @@ def nearest_code(
     valid: bool[K], True where a code may be chosen; None permits all.
     precision: "exact" ranks as float32 products do, "fast" by products of
       bfloat16 operands summed in float32, which changes some of the choices.
-    backend: a name in `BACKENDS`, or "auto" for the platform's best.
+    backend: a name in `BACKENDS`; "auto" takes the kernel on TPUs, and plain
+      XLA elsewhere, on GPUs too: their kernel was never timed.
 
   Returns:
     A `NearestCode` of N entries.
 
   Raises:
-    ValueError: on shapes that do not match, an unknown option, or `valid` that
-      permits nothing (checked wherever its value is known).
+    ValueError: on shapes that do not match, an unknown option, a mesh with
+      other axes than `Auto` ones, or `valid` that permits nothing (checked
+      wherever its value is known).
   """
   z, codebook = _floating(z), _floating(codebook)
   if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
@@ -89,12 +97,13 @@ def nearest_code(
     raise ValueError(
       f"backend={backend!r} is unknown: use one of {sorted(BACKENDS)}."
     )
-  check_valid(valid, codebook.shape[0])
   if valid is None:
     valid = np.ones(codebook.shape[0], bool)
-  return _nearest_code(
-    z, codebook, valid, precision == "fast", backend, _mesh()
-  )
+  elif not isinstance(valid, jax.Array):
+    valid = np.asarray(valid)
+  check_valid(valid, codebook.shape[0])
+  search = BACKENDS[backend]
+  return _nearest_code(z, codebook, valid, precision == "fast", search, _mesh())
 
 
 def stacked_nearest_code(
@@ -103,7 +112,9 @@ def stacked_nearest_code(
   """Finds the codes of every query, each for what the ones before left over.
 
   The residual search of RQ-VAE (arXiv 2203.01941, section 3.1) over one table:
-  at depth d the code nearest to r / g_d, after which g_d C_k is taken away.
+  at depth d the code nearest to r / g_d, after which g_d C_k is taken away. The
+  search alone, with gains that are known; `quantizer.quantize` also fits them,
+  pools, and keeps losses and statistics.
 
   Args:
     z: float32[N, C] or bfloat16[N, C], the queries.
@@ -118,12 +129,14 @@ def stacked_nearest_code(
     squared length of what is left after each depth.
 
   Raises:
-    ValueError: as `nearest_code`, or on gains that are not a vector, or not
-      positive (where their values are known).
+    ValueError: as `nearest_code`, or on gains that are no vector, or not
+      positive numbers (where their values are known).
   """
   gains = jnp.asarray(gains, jnp.float32)
-  known = not isinstance(gains, jax.core.Tracer)
-  if gains.ndim != 1 or (known and not (np.asarray(gains) > 0).all()):
+  good = gains.ndim == 1 and gains.size > 0
+  if good and not isinstance(gains, jax.core.Tracer):
+    good = bool(jnp.all((gains > 0) & jnp.isfinite(gains)))
+  if not good:
     raise ValueError(
       f"gains={gains} must be a vector of positive numbers, one per depth."
     )
@@ -173,8 +186,8 @@ def _floating(x):
   return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("fast", "backend", "mesh"))
-def _nearest_code(z, codebook, valid, fast, backend, mesh):
+@functools.partial(jax.jit, static_argnames=("fast", "search", "mesh"))
+def _nearest_code(z, codebook, valid, fast, search, mesh):
   """Brackets a backend's search with the rules that all of them share."""
   z_NC, codebook_KC = lax.stop_gradient((z, codebook))
   norm_K = jnp.sum(codebook_KC.astype(jnp.float32) ** 2, axis=1)
@@ -183,7 +196,7 @@ def _nearest_code(z, codebook, valid, fast, backend, mesh):
   codebook_KC = jnp.where(permitted_K[:, None], codebook_KC, 0)
   bias_K = jnp.where(permitted_K, norm_K / 2, jnp.inf)
 
-  search = functools.partial(BACKENDS[backend], fast=fast)
+  search = functools.partial(search, fast=fast)
   if mesh is None:
     _, best_N = search(z_NC, codebook_KC, bias_K)
   else:
@@ -208,8 +221,15 @@ def _mesh():
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:
     return None
-  # Within `jax.shard_map` the caller has shared the work out already.
-  return mesh if set(mesh.axis_types) == {AxisType.Auto} else None
+  kinds = set(mesh.axis_types)
+  if AxisType.Manual in kinds:
+    return None  # Within `jax.shard_map`, which has shared it out already.
+  if kinds != {AxisType.Auto}:
+    raise ValueError(
+      f"The mesh that is set has axes of types {mesh.axis_types}: make it with "
+      "axis_types=(jax.sharding.AxisType.Auto,) * number of axes."
+    )
+  return mesh
 
 
 def _search_sharded(search, z_NC, codebook_KC, bias_K, mesh):
@@ -261,14 +281,14 @@ def _search_auto(z_NC, codebook_KC, bias_K, fast):
 
 
 def _search_tpu(z_NC, codebook_KC, bias_K, fast):
-  # Imported where it is needed: Pallas takes a third of a second.
-  from unicode_jax.kernels import search_tpu  # pylint: disable=g-import-not-at-top
+  # At the first search, so that commands without one start sooner.
+  from unicode_jax.kernels import search_tpu
 
   return search_tpu.search(z_NC, codebook_KC, bias_K, fast)
 
 
 def _search_gpu(z_NC, codebook_KC, bias_K, fast):
-  from unicode_jax.kernels import search_gpu  # pylint: disable=g-import-not-at-top
+  from unicode_jax.kernels import search_gpu
 
   return search_gpu.search(z_NC, codebook_KC, bias_K, fast)
 

@@ -1,15 +1,21 @@
 """Nearest-code search as a Pallas kernel for GPUs, through Triton.
 
 XLA's own path writes a tile of scores to memory and reads it again to find its
-best. Here a program has a block of queries and walks over all codes: tensor
-cores multiply (`operands`, the codes' norms among the columns), and the scores
-meet the running best of their lane in registers:
+best. Here a program has a block of queries and walks over codes: tensor cores
+multiply (`operands`, the codes' norms among the columns), and the scores meet
+the running best of their lane in registers:
 
   best f32[queries, lanes]    the best score of each lane so far
   block i32[queries, lanes]   which block of codes it came from
 
-The lanes are compared once, at the end. Blocks follow each other in the order
-of the codes, so that the lowest index wins ties.
+The lanes are compared once, at the end. Where there are few queries the codes
+are shared out among several programs, whose best are compared afterwards.
+Blocks follow each other in the order of the codes, so that the lowest index
+wins ties.
+
+It was never run on a GPU: its lowering is tested, and its interpretation. It
+computes METHOD.md section 2's choice; the rules that all backends share are
+`nearest_code`'s.
 """
 
 import functools
@@ -22,15 +28,14 @@ import jax.numpy as jnp
 
 from unicode_jax.kernels import operands
 
-# Queries and codes of a tile. Scores, best and block fill 3 x 64 x 64 registers
-# of 128 threads: 96 of the 255 that a thread may have.
+# Queries and codes of a tile.
 _QUERIES, _CODES = 64, 64
 # Columns that are multiplied at once; narrower operands take the next power of
 # two, which Triton wants.
 _COLUMNS, _MIN_COLUMNS = 64, 16
-# Parts of the queries that stay in registers, 16 of them each.
-_KEPT = 4
 _WARPS, _STAGES = 4, 3
+# Enough to keep a large GPU busy.
+_PROGRAMS = 512
 
 
 def search(z_NC, codebook_KC, bias_K, fast: bool, *, interpret: bool = False):
@@ -58,28 +63,36 @@ def search(z_NC, codebook_KC, bias_K, fast: bool, *, interpret: bool = False):
   z_NW = _padded(z_NW, (_QUERIES, columns))
   codebook_KW = _padded(codebook_KW, (1, columns))
   padded_queries, width = z_NW.shape
-  value_N, index_N = pl.pallas_call(
-    functools.partial(_kernel, columns=columns),
-    grid=(padded_queries // _QUERIES,),
+  rows, blocks = padded_queries // _QUERIES, codebook_KW.shape[0] // _CODES
+  each = -(-blocks // max(1, min(blocks, _PROGRAMS // rows)))
+  shares = -(-blocks // each)
+  value_SN, index_SN = pl.pallas_call(
+    functools.partial(_kernel, columns=columns, each=each),
+    grid=(rows, shares),
     in_specs=[
-      pl.BlockSpec((_QUERIES, width), lambda n: (n, 0)),
-      pl.BlockSpec(codebook_KW.shape, lambda n: (0, 0)),
+      pl.BlockSpec((_QUERIES, width), lambda n, s: (n, 0)),
+      pl.BlockSpec(codebook_KW.shape, lambda n, s: (0, 0)),
     ],
-    out_specs=[pl.BlockSpec((_QUERIES,), lambda n: (n,))] * 2,
+    out_specs=[pl.BlockSpec((None, _QUERIES), lambda n, s: (s, n))] * 2,
     out_shape=[
-      jax.ShapeDtypeStruct((padded_queries,), jnp.float32),
-      jax.ShapeDtypeStruct((padded_queries,), jnp.int32),
+      jax.ShapeDtypeStruct((shares, padded_queries), jnp.float32),
+      jax.ShapeDtypeStruct((shares, padded_queries), jnp.int32),
     ],
     compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=_STAGES),
     interpret=interpret,
     name="nearest_code",
   )(z_NW, codebook_KW)
+  value_N = jnp.min(value_SN, axis=0)
+  # Shares are in order, so the lowest index is the first share's.
+  index_N = jnp.min(
+    jnp.where(value_SN == value_N, index_SN, num_codes - 1), axis=0
+  )
   index_N = jnp.minimum(index_N, num_codes - 1)
   return value_N[:num_queries], index_N[:num_queries]
 
 
-def _kernel(z_ref, codebook_ref, value_ref, index_ref, *, columns):
-  """Finds the best code of a block of queries.
+def _kernel(z_ref, codebook_ref, value_ref, index_ref, *, columns, each):
+  """Finds the best code of a block of queries in a share of the codes.
 
   Args:
     z_ref: bfloat16[queries, width].
@@ -87,24 +100,32 @@ def _kernel(z_ref, codebook_ref, value_ref, index_ref, *, columns):
     value_ref: float32[queries], the least bias - z.c.
     index_ref: int32[queries], the lowest row that has it.
     columns: of the operands that are multiplied at once.
+    each: blocks of codes in a share.
   """
   num_codes, width = codebook_ref.shape
   shape = (z_ref.shape[0], _CODES)
-  parts = [pl.ds(start, columns) for start in range(0, width, columns)]
-  kept = [z_ref[:, part] for part in parts[:_KEPT]]
+  first = pl.program_id(1) * each
 
   def step(block, carry):
     best_nk, block_nk = carry
     codes = pl.ds(block * _CODES, _CODES)
-    score_nk = jnp.zeros(shape, jnp.float32)
-    for number, part in enumerate(parts):
-      z_nw = kept[number] if number < _KEPT else z_ref[:, part]
-      score_nk += lax.dot_general(
-        z_nw,
-        codebook_ref[codes, part],
+
+    # A loop, not unrolled: each of its loads would get buffers of its own.
+    def multiply(part, score_nk):
+      here = pl.ds(part * columns, columns)
+      return score_nk + lax.dot_general(
+        z_ref[:, here],
+        codebook_ref[codes, here],
         (((1,), (1,)), ((), ())),
+        # Whatever jax_default_matmul_precision says: these are pieces already.
+        precision=lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
       )
+
+    score_nk = lax.fori_loop(
+      0, width // columns, multiply, jnp.zeros(shape, jnp.float32)
+    )
+    # NaN never wins.
     better_nk = score_nk > best_nk
     return (
       jnp.where(better_nk, score_nk, best_nk),
@@ -112,10 +133,10 @@ def _kernel(z_ref, codebook_ref, value_ref, index_ref, *, columns):
     )
 
   best_nk, block_nk = lax.fori_loop(
-    0,
-    num_codes // _CODES,
+    first,
+    jnp.minimum(first + each, num_codes // _CODES),
     step,
-    (jnp.full(shape, -jnp.inf), jnp.zeros(shape, jnp.int32)),
+    (jnp.full(shape, -jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)),
   )
   lane_nk = lax.broadcasted_iota(jnp.int32, shape, 1)
   best_n = jnp.max(best_nk, axis=1)

@@ -16,12 +16,18 @@ of the product where they fit into the depth that the matrix unit multiplies at
 once; where they would cost it another pass they are subtracted, a fourth
 operation.
 
-`benchmarks/tpu_schedule.py` counts the instructions that this compiles to.
+Operands of many columns are cut into parts, whose products add up in VMEM, and
+split into their pieces there, so that HBM holds no wider copy of the codebook.
+
+`benchmarks/tpu_schedule.py` counts the instructions that this compiles to. It
+computes METHOD.md section 2's choice; the rules that all backends share are
+`nearest_code`'s.
 """
 
 import functools
 
 import jax
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -33,15 +39,14 @@ _LANES, _SUBLANES = 128, 8
 _PACKED = 16
 
 # Queries and codes of a tile, by generation of the chip. What a tile costs
-# beside its product (loading and storing the running best, starting the loop)
-# is some 100 cycles, which should be little of the 2000-8000 of the product; a
-# tile of this size is. More queries than codes, since a tile's codes are read
-# from HBM for every block of queries; v5e and v5p would take the half of that.
-# From 4096 lanes on registers spill.
-_TILES = {4: (1024, 1024), 5: (1024, 2048), 6: (2048, 1024)}
-_NEWEST = max(_TILES)
-# Of VMEM, for operands; the compiler needs the rest.
-_SHARE = 0.5
+# beside its product (starting the loop, loading and storing the running best)
+# is little of a product of this size, and it fits, with the scores where they
+# are kept, into the VMEM of the generation.
+_TILES = {4: (512, 512), 5: (1024, 2048), 6: (2048, 1024)}
+# Operands of more columns than this are cut into parts of so many dimensions.
+_WIDEST, _PART = 1536, 256
+# What is assumed of a chip that is not known: generation, depth, VMEM.
+_SMALLEST = 4, 128, 16 * 2**20
 
 
 def search(z_NC, codebook_KC, bias_K, fast: bool):
@@ -61,45 +66,56 @@ def search(z_NC, codebook_KC, bias_K, fast: bool):
   if not num_queries:
     return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32)
   generation, depth, vmem = _chip()
+  queries, codes = _tile(generation, num_queries, num_codes)
   width, folded = _columns(
     operands.width(dim, z_NC.dtype, codebook_KC.dtype, fast), depth
   )
-  queries, codes = _tile(generation, vmem, num_queries, num_codes, width)
+  in_parts = width > _WIDEST
+  part = _round_up(min(dim, _PART), _PACKED) if in_parts else width
+  # The codes' own columns are filled up, the queries' are their transpose's.
   z_NC = _padded(z_NC, queries)
   codebook_KC = _padded(codebook_KC, codes)
   bias_K = _padded(bias_K, codes, jnp.inf)
-  z_NW, codebook_KW = operands.ranking_operands(
-    z_NC, codebook_KC, bias_K, fast=fast, with_bias=folded
-  )
-  inputs = [_widened(codebook_KW, width), _widened(z_NW, width).T]
+  products = ((0, 0),)
+  if in_parts:
+    folded = False
+    products = operands.terms(z_NC.dtype, codebook_KC.dtype, fast)
+    z_NW, codebook_KW = z_NC, codebook_KC
+  else:
+    z_NW, codebook_KW = operands.ranking_operands(
+      z_NC, codebook_KC, bias_K, fast=fast, with_bias=folded
+    )
+  inputs = [_widened(codebook_KW, part), _widened(z_NW, part).T]
+  padded_queries, parts = z_NW.shape[0], inputs[0].shape[1] // part
   specs = [
-    pl.BlockSpec((codes, width), lambda n, k: (k, 0)),
-    pl.BlockSpec((width, queries), lambda n, k: (0, n)),
+    pl.BlockSpec((codes, part), lambda n, k, w: (k, w)),
+    pl.BlockSpec((part, queries), lambda n, k, w: (w, n)),
   ]
   if not folded:
     # Spread over the lanes here: in the kernel that costs more than to read it.
     bias_K = operands.finite_bias(bias_K)
     inputs.append(jnp.broadcast_to(bias_K[:, None], (len(bias_K), _LANES)))
-    specs.append(pl.BlockSpec((codes, _LANES), lambda n, k: (k, 0)))
-  padded_queries = z_NW.shape[0]
+    specs.append(pl.BlockSpec((codes, _LANES), lambda n, k, w: (k, 0)))
   best_sN, row_sN = pl.pallas_call(
-    functools.partial(_kernel, folded=folded),
-    grid=(padded_queries // queries, codebook_KW.shape[0] // codes),
+    functools.partial(_kernel, products=products, folded=folded, parts=parts),
+    grid=(padded_queries // queries, codebook_KW.shape[0] // codes, parts),
     in_specs=specs,
-    out_specs=[pl.BlockSpec((_SUBLANES, queries), lambda n, k: (0, n))] * 2,
+    out_specs=[pl.BlockSpec((_SUBLANES, queries), lambda n, k, w: (0, n))] * 2,
     out_shape=[
       jax.ShapeDtypeStruct((_SUBLANES, padded_queries), jnp.float32),
       jax.ShapeDtypeStruct((_SUBLANES, padded_queries), jnp.int32),
     ],
+    scratch_shapes=[pltpu.VMEM((codes, queries), jnp.float32)] * (parts > 1),
     compiler_params=pltpu.CompilerParams(
       # Cores of a chip share the queries; a block of them meets all codes.
-      dimension_semantics=("parallel", "arbitrary"),
-      vmem_limit_bytes=int(0.75 * vmem),
+      dimension_semantics=("parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=int(0.9 * vmem),
     ),
     name="nearest_code",
   )(*inputs)
   best_N = jnp.max(best_sN, axis=0)
-  index_sN = row_sN * _SUBLANES + jnp.arange(_SUBLANES)[:, None]
+  sublane_s1 = jnp.arange(_SUBLANES, dtype=jnp.int32)[:, None]
+  index_sN = row_sN * _SUBLANES + sublane_s1
   index_N = jnp.min(
     jnp.where(best_sN == best_N, index_sN, num_codes - 1), axis=0
   )
@@ -107,37 +123,80 @@ def search(z_NC, codebook_KC, bias_K, fast: bool):
   return -best_N[:num_queries], index_N[:num_queries]
 
 
-def _kernel(codebook_ref, z_ref, *refs, folded):
+def _kernel(codebook_ref, z_ref, *refs, products, folded, parts):
   """Updates the running best of a block of queries with a block of codes.
 
   Args:
-    codebook_ref: bfloat16[codes, width].
-    z_ref: bfloat16[width, queries].
+    codebook_ref: [codes, part], bfloat16, or as it is to be split here.
+    z_ref: [part, queries], likewise.
     *refs: float32[codes, 128], the bias, unless it is folded; then, kept from
       block to block of codes, float32[8, queries], the best scores, and
-      int32[8, queries], which rows of 8 codes had them.
+      int32[8, queries], which rows of 8 codes had them; then, of operands in
+      parts, float32[codes, queries], the sum of their products so far.
+    products: of pieces, as `operands.terms`.
     folded: whether the product has the bias in it.
+    parts: of the operands.
   """
-  *bias_ref, best_ref, row_ref = refs
-  block = pl.program_id(1)
+  bias_ref = None if folded else refs[0]
+  best_ref, row_ref = refs[not folded : 2 + (not folded)]
+  block, part = pl.program_id(1), pl.program_id(2)
 
-  @pl.when(block == 0)
+  @pl.when((block == 0) & (part == 0))
   def _():
-    best_ref[...] = jnp.full_like(best_ref, -jnp.inf)
-    row_ref[...] = jnp.zeros_like(row_ref)
+    best_ref[...] = jnp.full(best_ref.shape, -jnp.inf, jnp.float32)
+    row_ref[...] = jnp.zeros(row_ref.shape, jnp.int32)
 
-  score_kn = jnp.dot(
-    codebook_ref[...], z_ref[...], preferred_element_type=jnp.float32
+  if parts == 1:
+    score_kn = _product(codebook_ref, z_ref, products)
+    _update(score_kn, block, bias_ref, best_ref, row_ref)
+    return
+  score_ref = refs[-1]
+
+  @pl.when(part == 0)
+  def _():
+    score_ref[...] = jnp.zeros(score_ref.shape, jnp.float32)
+
+  score_ref[...] += _product(codebook_ref, z_ref, products)
+
+  @pl.when(part == parts - 1)
+  def _():
+    _update(score_ref, block, bias_ref, best_ref, row_ref)
+
+
+def _product(codebook_ref, z_ref, products):
+  """Multiplies as exactly as `products` say: float32[codes, queries]."""
+  if len(products) == 1:
+    split = (
+      [codebook_ref[...].astype(jnp.bfloat16)],
+      [z_ref[...].astype(jnp.bfloat16)],
+    )
+  else:
+    split = [
+      operands.pieces(ref[...], 1 + max(p[side] for p in products))
+      for side, ref in ((1, codebook_ref), (0, z_ref))
+    ]
+  return sum(
+    jnp.dot(
+      split[0][j],
+      split[1][i],
+      # Whatever jax_default_matmul_precision says: these are pieces already.
+      precision=lax.Precision.DEFAULT,
+      preferred_element_type=jnp.float32,
+    )
+    for i, j in reversed(products)
   )
+
+
+def _update(score_kn, block, bias_ref, best_ref, row_ref):
+  """Compares all rows of scores, 8 at a time, with the best so far."""
   best_sn, row_sn = best_ref[...], row_ref[...]
-  rows = codebook_ref.shape[0] // _SUBLANES
+  rows = score_kn.shape[0] // _SUBLANES
   for row in range(rows):
     here = slice(row * _SUBLANES, (row + 1) * _SUBLANES)
     score_sn = score_kn[here]
-    if not folded:
-      bias_sl = bias_ref[0][here]
+    if bias_ref is not None:
       repeats = score_sn.shape[1] // _LANES
-      score_sn = score_sn - jnp.concatenate([bias_sl] * repeats, axis=1)
+      score_sn = score_sn - jnp.concatenate([bias_ref[here]] * repeats, axis=1)
     # Not "at least": the first of equals stays. NaN never wins.
     better_sn = score_sn > best_sn
     best_sn = jnp.where(better_sn, score_sn, best_sn)
@@ -150,12 +209,12 @@ def _chip() -> tuple[int, int, int]:
 
   Of the device that is compiled for, as far as JAX knows it: with a topology's
   mesh set (`jax.set_mesh`) its own, else the default device. Where that is not
-  a TPU, what all newer ones have.
+  a TPU that is known, what is the least of all.
   """
   try:
     info = pltpu.get_tpu_info()
   except ValueError:
-    return 5, 128, 64 * 2**20
+    return _SMALLEST
   return info.generation, info.mxu_column_size, info.vmem_capacity_bytes
 
 
@@ -165,15 +224,10 @@ def _columns(width: int, depth: int) -> tuple[int, bool]:
   return _round_up(width + operands.PIECES * folded, _PACKED), folded
 
 
-def _tile(generation, vmem, num_queries, num_codes, width):
-  """Returns queries and codes of a tile: as `_TILES`, or what fits."""
-  queries, codes = _TILES.get(min(generation, _NEWEST), _TILES[4])
-  # Operands are read ahead, hence twice, and a row takes whole lanes.
-  row_bytes = 2 * 2 * _round_up(width, _LANES)
-  while (queries + codes) * row_bytes > _SHARE * vmem:
-    if max(queries, codes) == _LANES:
-      break
-    queries, codes = max(queries // 2, _LANES), max(codes // 2, _LANES)
+def _tile(generation: int, num_queries: int, num_codes: int) -> tuple[int, int]:
+  """Returns queries and codes of a tile."""
+  known = min(max(generation, min(_TILES)), max(_TILES))
+  queries, codes = _TILES[known]
   return _even(num_queries, queries, _LANES), _even(num_codes, codes, _PACKED)
 
 
@@ -192,6 +246,6 @@ def _padded(x, block: int, fill=0.0):
   return jnp.pad(x, pad, constant_values=fill)
 
 
-def _widened(x, width: int):
-  """Fills the second axis up with zeros."""
-  return jnp.pad(x, [(0, 0), (0, width - x.shape[1])])
+def _widened(x, part: int):
+  """Fills the second axis up to whole parts."""
+  return jnp.pad(x, [(0, 0), (0, -x.shape[1] % part)])

@@ -4,6 +4,9 @@ XLA's argmin is a variadic reduction, which does not vectorise on a CPU. So
 each lane of a tile keeps its own best value and the number of the block that
 it came from, by elementwise selects, and the lanes are compared once at the
 end. Memory is that of a tile, not of all N x K distances.
+
+It computes METHOD.md section 2's choice; the rules that all backends share are
+`nearest_code`'s.
 """
 
 from jax import lax
@@ -48,7 +51,7 @@ def search(z_NC, codebook_KC, bias_K, fast: bool):
         "nC,kC->nk",
         z_nC,
         codebook_kC,
-        precision=None if fast else lax.Precision.HIGHEST,
+        precision=lax.Precision.DEFAULT if fast else lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
       )
       value_nk = bias_k - product_nk
@@ -61,7 +64,7 @@ def search(z_NC, codebook_KC, bias_K, fast: bool):
     shape = (z_nC.shape[0], num_lanes)
     (best_nk, block_nk), _ = lax.scan(
       step,
-      (jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32)),
+      (jnp.full(shape, jnp.inf, jnp.float32), jnp.zeros(shape, jnp.int32)),
       (codebook_bkC, bias_bk, jnp.arange(num_blocks, dtype=jnp.int32)),
     )
     best_n = jnp.min(best_nk, axis=1)

@@ -389,6 +389,13 @@ def unstack_layers(params: dict) -> dict:
   return params | {f"layers_{i}": _index(stacked, i) for i in range(count)}
 
 
+def with_layers_as(params: dict, scanned: bool) -> dict:
+  """Returns parameters scanned or unrolled, whichever they are."""
+  if ("layers" in params) == scanned:
+    return params
+  return stack_layers(params) if scanned else unstack_layers(params)
+
+
 def num_parameters(config: LlamaConfig) -> int:
   """Counts the parameters without allocating them."""
   shapes = jax.eval_shape(

@@ -81,12 +81,14 @@ class UniCode:
     height, width = self.code_grid
     return height * width
 
-  def init(self, key: jax.Array, valid: jax.Array) -> Variables:
+  def init(self, key: jax.Array, valid: jax.Array, given=None) -> Variables:
     """Draws the initial parameters.
 
     Args:
       key: PRNG key.
       valid: bool[K], ids that may be visual codes.
+      given: groups of parameters to take instead, such as {"llm": ...}; the
+        codebook is made for these.
 
     Returns:
       Variables with float32 parameters.
@@ -95,15 +97,14 @@ class UniCode:
     size, grid = self.tokenizer.image_size, self.tokenizer.grid_size
     image = jnp.zeros((1, size, size, 3))
     features = jnp.zeros((1, grid, grid, self.tokenizer.code_dim))
-    params = {
-      "encoder": tokenizer_lib.Encoder(self.tokenizer).init(keys[0], image)[
-        "params"
-      ],
-      "decoder": tokenizer_lib.Decoder(self.tokenizer).init(keys[1], features)[
-        "params"
-      ],
-    }
-    if self.llama is not None:
+    params = dict(given or {})
+    encoder = tokenizer_lib.Encoder(self.tokenizer)
+    decoder = tokenizer_lib.Decoder(self.tokenizer)
+    if "encoder" not in params:
+      params["encoder"] = encoder.init(keys[0], image)["params"]
+    if "decoder" not in params:
+      params["decoder"] = decoder.init(keys[1], features)["params"]
+    if self.llama is not None and "llm" not in params:
       ids = jnp.zeros((1, 2, 1), jnp.int32)
       params["llm"] = llama_lib.Llama(self.llama).init(keys[2], ids)["params"]
     if self.vision == "projector":

@@ -32,7 +32,7 @@ from unicode_jax.data import (
   tasks,
   views as views_lib,
 )
-from unicode_jax.models import unicode as unicode_lib
+from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
 from unicode_jax.stages import run_folder, runner
 from unicode_jax.training import (
   alarm as alarm_lib,
@@ -114,6 +114,11 @@ def starting_variables(config, loaded: loading.Loaded, model):
     ConfigError: If it is a run of stage II with another baseline's model, or
       one whose tokenizer was never trained.
   """
+  params = dict(loaded.variables.params)
+  params["llm"] = llama_lib.with_layers_as(
+    params["llm"], model.llama.scan_layers
+  )
+  variables = loaded.variables.replace(params=params)
   if loaded.config.stage == "instruct":
     if loaded.model.vision != model.vision:
       raise config_lib.ConfigError(
@@ -128,10 +133,8 @@ def starting_variables(config, loaded: loading.Loaded, model):
         template,
         config.instruct.template,
       )
-    return loaded.variables
-  variables = loaded.variables
+    return variables
   encoding.check_trained(variables)
-  params = dict(variables.params)
   params["codebook"], codebook_state = codebook_lib.freeze(
     params["codebook"],
     variables.codebook_state,

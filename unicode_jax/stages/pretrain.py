@@ -27,6 +27,7 @@ from unicode_jax import (
   quantizer as quantizer_lib,
 )
 from unicode_jax.data import pipeline
+from unicode_jax.models import llama as llama_lib
 from unicode_jax.stages import runner, tokenizer as tokenizer_stage
 from unicode_jax.training import loop, steps
 
@@ -55,16 +56,17 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     )
 
   def start(self):
-    """Returns encoder and decoder of the run to start from, if there is one."""
-    if self.config.init_from is None:
-      return None
-    params = loading.load(self.config.init_from).variables.params
-    return {name: params[name] for name in ("encoder", "decoder")}
-
-  def init(self, key, start=None):
-    """Draws the initial state, around a trained tokenizer if there is one."""
-    state = super().init(key)
-    return state if start is None else self._replace(state, **start)
+    """Returns the parameters of the runs to start from, None without any."""
+    params = {}
+    if self.config.init_from is not None:
+      trained = loading.load(self.config.init_from).variables.params
+      params |= {name: trained[name] for name in ("encoder", "decoder")}
+    if self.config.llm_from is not None:
+      llm = loading.load_llm(self.config.llm_from)
+      params["llm"] = llama_lib.with_layers_as(
+        llm.params, self.model.llama.scan_layers
+      )
+    return params or None
 
   def _tokenizer_updates(self) -> int:
     cycles, rest = divmod(self.config.num_steps, self.cycle)

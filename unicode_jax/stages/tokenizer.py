@@ -146,11 +146,10 @@ class TokenizerStage:
   def start(self) -> None:
     """Returns None: this stage begins from nothing."""
 
-  def init(self, key: jax.Array, start: None = None) -> state_lib.TrainState:
-    """Draws the initial state."""
-    del start
+  def init(self, key: jax.Array, start=None) -> state_lib.TrainState:
+    """Draws the initial state, around the parameters that `start` has."""
     model_key, critic_key, run_key = jax.random.split(key, 3)
-    variables = self.model.init(model_key, jnp.asarray(self.valid))
+    variables = self.model.init(model_key, jnp.asarray(self.valid), start)
     params = variables.params
     groups = {
       "tokenizer": {name: params[name] for name in self.trained},

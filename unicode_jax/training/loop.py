@@ -76,7 +76,10 @@ class Phase:
 
 
 class Stage(Protocol):
-  """What the loop needs to know about a training stage."""
+  """What the loop needs to know about a training stage.
+
+  All of it is called with the loop's mesh set (`jax.set_mesh`).
+  """
 
   total_steps: int
   alarm_config: alarm_lib.AlarmConfig
