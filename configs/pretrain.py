@@ -52,8 +52,8 @@ PRESETS = {
     "alarm.perplexity_floor": 1.0,
     "alarm.patience": 4,
   },
-  # SmolLM2-135M's shapes (Allal et al. 2025), for its real table. Name its
-  # tokenizer too: --config.text.tokenizer_path=DIR.
+  # SmolLM2-135M (Allal et al. 2025). Import it with unicode_jax.convert, and
+  # name what that made: --config.llm_from=DIR.
   "smollm2": {
     "text.vocab_size": 49152,
     # Two of its 17 special tokens that ordinary text never holds.

@@ -38,9 +38,9 @@ _TOKENIZER = {
   "tokenizer.depth": 1,
   "tokenizer.channel_multipliers": (1,),
   "tokenizer.num_res_blocks": 2,
-  # What 4x4 pixels of flat shapes need: 2048 codes lie dense in six dimensions.
-  "codebook.code_dim": 6,
 }
+# What 4x4 pixels of flat shapes need: 2048 codes lie dense in six dimensions.
+_FINER = {"codebook.code_dim": 6}
 # What an LLM that starts from nothing needs to learn fast: tokens that stand
 # out behind the first layer, and sharp attention.
 _LLM = {
@@ -88,9 +88,13 @@ PRESETS = {
     "stage2": _STAGE2,
   },
   "long": {
-    "warmup": _SHARED | _TOKENIZER | {"num_steps": 400, "eval_every": 400},
+    "warmup": _SHARED
+    | _TOKENIZER
+    | _FINER
+    | {"num_steps": 400, "eval_every": 400},
     # The text is little, and learned by heart when it is read more often.
     "stage1": _STAGE1
+    | _FINER
     | {"num_steps": 1500, "eval_every": 500, "schedule.llm_steps": 25},
     "stage2": _STAGE2
     | {
