@@ -60,6 +60,8 @@ def test_ci_runs_what_the_readme_says():
 
 def test_readme_commands_name_real_things():
   for module in re.findall(r"python -m (unicode_jax[.\w]*)", README):
-    assert (ROOT / (module.replace(".", "/") + ".py")).is_file(), module
+    path = ROOT / module.replace(".", "/")
+    files = path.with_suffix(".py"), path / "__main__.py"
+    assert any(file.is_file() for file in files), module
   for path in re.findall(r"\b(?:configs|docs|benchmarks)/[\w/]+\.\w+", README):
     assert (ROOT / path).is_file(), path
