@@ -28,6 +28,12 @@ def percent(share) -> str:
   return "-" if share is None else f"{100 * share:.1f} %"
 
 
+def share(value: float, count: int) -> str:
+  """Returns a share of `count` tries in percent, with its standard error."""
+  error = (value * (1 - value) / count) ** 0.5
+  return f"{100 * value:.1f} ± {100 * error:.1f} %"
+
+
 def stage_two(run: pathlib.Path) -> pathlib.Path:
   """Returns the folder of a run's stage II."""
   return run / "stage2" if (run / "stage2").is_dir() else run
@@ -74,9 +80,9 @@ def tables(run: pathlib.Path) -> list[str]:
       f"| all | {percent(held['accuracy'])} | {percent(blind['accuracy'])} |",
     ]
     lines += [
-      f"| {kind} ({share['count']}) | {percent(share['accuracy'])} | "
+      f"| {kind} ({entry['count']}) | {percent(entry['accuracy'])} | "
       f"{percent(blind['by_type'][kind]['accuracy'])} |"
-      for kind, share in held["by_type"].items()
+      for kind, entry in held["by_type"].items()
     ]
     lines += [
       "| yes/no, balanced within each question | "
@@ -112,8 +118,21 @@ def tables(run: pathlib.Path) -> list[str]:
       "|---|---|---|---|",
     ]
     lines += [
-      f"| {kind} | {percent(seen['by_attribute'].get('colour'))} | "
-      f"{percent(seen['by_attribute'].get('shape'))} | {percent(seen['all'])} |"
+      "| "
+      + " | ".join(
+        [
+          kind,
+          *(
+            share(value, seen["count"])
+            for value in (
+              seen["by_attribute"]["colour"],
+              seen["by_attribute"]["shape"],
+              seen["all"],
+            )
+          ),
+        ]
+      )
+      + " |"
       for kind, seen in judged["pictures"].items()
     ]
     lines += [""]
