@@ -73,6 +73,7 @@ def compile_and_read(chip: str, program: str, size: dict) -> dict:
     environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
       "TPU_SKIP_MDS_QUERY": "1",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
       "TPU_ACCELERATOR_TYPE": "v5litepod-4",
       "TPU_WORKER_HOSTNAMES": "localhost",
       "LIBTPU_INIT_ARGS": (
