@@ -6,7 +6,6 @@ ignored: a checkpoint either means the same here or does not load.
 """
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 from unicode_jax import config as config_lib
@@ -216,20 +215,3 @@ def _window(config, kind: str) -> int | None:
       "(max_window_layers, layer_types): only one kind can be imported"
     )
   return spans.pop()
-
-
-def same(a: llama_lib.LlamaConfig, b: llama_lib.LlamaConfig) -> list[str]:
-  """Names the settings in which two models compute different things."""
-  ignored = {
-    "scan_layers",
-    "remat_policy",
-    "attention_block",
-    "dtype",
-    "embedding_std",
-  }
-  return [
-    field.name
-    for field in dataclasses.fields(a)
-    if field.name not in ignored
-    and getattr(a, field.name) != getattr(b, field.name)
-  ]

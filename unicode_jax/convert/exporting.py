@@ -11,17 +11,15 @@ them, so that there is never a second copy of the model.
 from collections.abc import Iterable, Mapping
 import json
 import logging
-import os
 import pathlib
-import shutil
 import struct
 
 from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from unicode_jax import config as config_lib, loading
-from unicode_jax.convert import architectures, names
+from unicode_jax import loading
+from unicode_jax.convert import architectures, folders, names
 from unicode_jax.data import sequences
 from unicode_jax.models import llama as llama_lib
 
@@ -47,9 +45,7 @@ def export_llm(
     ConfigError: `out` is there, or no architecture that transformers has is
       the model's.
   """
-  out = pathlib.Path(out).expanduser()
-  if out.exists():
-    raise config_lib.ConfigError(f"--out={out} is there already: name another")
+  out = folders.new(out)
   config = architectures.to_hugging_face(loaded.llama)
   tokenizer = loaded.text_tokenizer
   template = loading.sequence_format(loaded.config).template
@@ -62,9 +58,7 @@ def export_llm(
     "dtype": dtype,
     "max_position_embeddings": loaded.config.llm.context_length,
   }
-  work = out.with_name(f".{out.name}.{os.getpid()}")
-  work.mkdir(parents=True)
-  try:
+  with folders.filled(out) as work:
     tokenizer.save(work)
     path = work / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -74,9 +68,6 @@ def export_llm(
     _write_json(work / "config.json", config)
     _write_json(work / "generation_config.json", ids)
     write_weights(work, loaded.params, loaded.llama, dtype)
-    work.rename(out)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
   logging.info("exported %s to %s", loaded.workdir, out)
   return out
 

@@ -8,21 +8,18 @@ Tensors are read, checked, converted and placed one at a time; at no moment is
 there a second copy of the model.
 """
 
-from collections.abc import Callable
 import json
 import logging
-import os
 import pathlib
-import shutil
 import tempfile
 
 from flax import traverse_util
-import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from unicode_jax import config as config_lib, loading
-from unicode_jax.convert import architectures, names, readers
+from unicode_jax.convert import architectures, folders, names, readers
 from unicode_jax.data import text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import llama as llama_lib
 
@@ -41,9 +38,7 @@ def import_checkpoint(path, out) -> pathlib.Path:
     ConfigError: nothing fit to import is there, or `out` is; says which tensor,
       setting or file.
   """
-  path, out = pathlib.Path(path).expanduser(), pathlib.Path(out).expanduser()
-  if out.exists():
-    raise config_lib.ConfigError(f"--out={out} is there already: name another")
+  path, out = pathlib.Path(path).expanduser(), folders.new(out)
   if not path.exists():
     raise config_lib.ConfigError(f"--path={path} is not there")
   gguf = path.is_file()
@@ -58,9 +53,7 @@ def import_checkpoint(path, out) -> pathlib.Path:
   names.check(entries, reader.shapes, str(path), llama.tie_embeddings)
   config = run_config(llama, description.get("max_position_embeddings"))
 
-  work = out.with_name(f".{out.name}.{os.getpid()}")
-  work.mkdir(parents=True)
-  try:
+  with folders.filled(out) as work:
     tokens = _save_tokenizer(path, work / loading.TEXT_TOKENIZER)
     if tokens > llama.vocab_size:
       raise config_lib.ConfigError(
@@ -74,9 +67,6 @@ def import_checkpoint(path, out) -> pathlib.Path:
         (work / "checkpoints" / "0" / "state").absolute(),
         args=ocp.args.PyTreeSave({"variables": {"params": {"llm": params}}}),
       )
-    work.rename(out)
-  finally:
-    shutil.rmtree(work, ignore_errors=True)
   logging.info("imported %s to %s", path, out)
   return out
 
@@ -86,7 +76,6 @@ def read_parameters(
   entries: list[names.Entry],
   llama: llama_lib.LlamaConfig,
   gguf: bool = False,
-  place: Callable[[str, np.ndarray], jax.Array] | None = None,
 ) -> dict:
   """Reads all parameters, one at a time.
 
@@ -95,13 +84,10 @@ def read_parameters(
     entries: of `names.table`, checked.
     llama: the model.
     gguf: whether it is GGUF.
-    place: makes an array of a path and a float32 value, wherever it is to
-      live; None for the default device.
 
   Returns:
-    Parameters of the unrolled `Llama`, float32.
+    Parameters of the unrolled `Llama`, float32, on the default device.
   """
-  place = place or (lambda _, value: jax.numpy.asarray(value))
   heads = {"attn_q": llama.num_heads, "attn_k": llama.num_kv_heads}
   params = {}
   for entry in entries:
@@ -111,7 +97,7 @@ def read_parameters(
       value = names.unpermuted(value, heads[kind])
     if entry.transposed:
       value = np.ascontiguousarray(value.T)
-    params[entry.path] = place(entry.path, value)
+    params[entry.path] = jnp.asarray(value)
   return traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -24,7 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 import numpy as np
 
 from unicode_jax import sharding
-from unicode_jax.kernels import search_xla
+from unicode_jax.kernels import operands, search_xla
 
 
 class NearestCode(NamedTuple):
@@ -256,17 +256,11 @@ def _search_sharded(search, z_NC, codebook_KC, bias_K, mesh):
     out_specs=rows,
     check_vma=False,
   )(
-    _filled(z_NC, batch_shards),
-    _filled(codebook_KC, code_shards),
-    _filled(bias_K, code_shards, jnp.inf),
+    operands.filled(z_NC, batch_shards),
+    operands.filled(codebook_KC, code_shards),
+    operands.filled(bias_K, code_shards, value=jnp.inf),
   )
   return jnp.minimum(index_N[:num_queries], num_codes - 1)
-
-
-def _filled(x, shards: int, fill=0):
-  """Fills the first axis up, so that every shard has as many rows."""
-  pad = [(0, -x.shape[0] % shards)] + [(0, 0)] * (x.ndim - 1)
-  return jnp.pad(x, pad, constant_values=fill)
 
 
 def _search_auto(z_NC, codebook_KC, bias_K, fast):

@@ -118,6 +118,13 @@ def ranking_operands(
   return jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=1)
 
 
+def filled(x: jax.Array, multiple: int, axis: int = 0, value=0) -> jax.Array:
+  """Fills an axis up to a multiple of a size."""
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = 0, -x.shape[axis] % multiple
+  return jnp.pad(x, pad, constant_values=value)
+
+
 def finite_bias(bias: jax.Array) -> jax.Array:
   """Replaces infinity by a number that loses every comparison all the same."""
   return jnp.minimum(bias, _FORBIDDEN)

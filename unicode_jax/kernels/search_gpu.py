@@ -54,14 +54,14 @@ def search(z_NC, codebook_KC, bias_K, fast: bool, *, interpret: bool = False):
   num_queries, num_codes = z_NC.shape[0], codebook_KC.shape[0]
   if not num_queries:
     return jnp.zeros(0, jnp.float32), jnp.zeros(0, jnp.int32)
-  codebook_KC = _padded(codebook_KC, (_CODES, 1))
-  bias_K = jnp.pad(bias_K, (0, -num_codes % _CODES), constant_values=jnp.inf)
+  codebook_KC = operands.filled(codebook_KC, _CODES)
+  bias_K = operands.filled(bias_K, _CODES, value=jnp.inf)
   z_NW, codebook_KW = operands.ranking_operands(
     z_NC, codebook_KC, bias_K, fast=fast
   )
   columns = min(_COLUMNS, max(_MIN_COLUMNS, pl.next_power_of_2(z_NW.shape[1])))
-  z_NW = _padded(z_NW, (_QUERIES, columns))
-  codebook_KW = _padded(codebook_KW, (1, columns))
+  z_NW = operands.filled(operands.filled(z_NW, _QUERIES), columns, axis=1)
+  codebook_KW = operands.filled(codebook_KW, columns, axis=1)
   padded_queries, width = z_NW.shape
   rows, blocks = padded_queries // _QUERIES, codebook_KW.shape[0] // _CODES
   each = -(-blocks // max(1, min(blocks, _PROGRAMS // rows)))
@@ -144,9 +144,3 @@ def _kernel(z_ref, codebook_ref, value_ref, index_ref, *, columns, each):
   index_nk = jnp.where(tied_nk, block_nk * _CODES + lane_nk, num_codes)
   value_ref[...] = -best_n
   index_ref[...] = jnp.min(index_nk, axis=1)
-
-
-def _padded(x, multiples):
-  """Fills both axes up with zeros."""
-  pad = [(0, -size % by) for size, by in zip(x.shape, multiples, strict=True)]
-  return jnp.pad(x, pad)

@@ -73,9 +73,9 @@ def search(z_NC, codebook_KC, bias_K, fast: bool):
   in_parts = width > _WIDEST
   part = _round_up(min(dim, _PART), _PACKED) if in_parts else width
   # The codes' own columns are filled up, the queries' are their transpose's.
-  z_NC = _padded(z_NC, queries)
-  codebook_KC = _padded(codebook_KC, codes)
-  bias_K = _padded(bias_K, codes, jnp.inf)
+  z_NC = operands.filled(z_NC, queries)
+  codebook_KC = operands.filled(codebook_KC, codes)
+  bias_K = operands.filled(bias_K, codes, value=jnp.inf)
   products = ((0, 0),)
   if in_parts:
     folded = False
@@ -85,7 +85,10 @@ def search(z_NC, codebook_KC, bias_K, fast: bool):
     z_NW, codebook_KW = operands.ranking_operands(
       z_NC, codebook_KC, bias_K, fast=fast, with_bias=folded
     )
-  inputs = [_widened(codebook_KW, part), _widened(z_NW, part).T]
+  inputs = [
+    operands.filled(codebook_KW, part, axis=1),
+    operands.filled(z_NW, part, axis=1).T,
+  ]
   padded_queries, parts = z_NW.shape[0], inputs[0].shape[1] // part
   specs = [
     pl.BlockSpec((codes, part), lambda n, k, w: (k, w)),
@@ -238,14 +241,3 @@ def _even(size: int, block: int, multiple: int) -> int:
 
 def _round_up(size: int, multiple: int) -> int:
   return -(-size // multiple) * multiple
-
-
-def _padded(x, block: int, fill=0.0):
-  """Fills the first axis up to whole blocks."""
-  pad = [(0, -x.shape[0] % block)] + [(0, 0)] * (x.ndim - 1)
-  return jnp.pad(x, pad, constant_values=fill)
-
-
-def _widened(x, part: int):
-  """Fills the second axis up to whole parts."""
-  return jnp.pad(x, [(0, 0), (0, -x.shape[1] % part)])
