@@ -25,6 +25,8 @@ REQUIRES = [
   "transformers>=5.17,<6",
   # transformers allows one minor of tokenizers at a time.
   "tokenizers>=0.23.1,<0.24",
+  # Reads and writes the checkpoints of others.
+  "safetensors>=0.8,<1",
   "ml-collections>=1.1,<2",
   "chex>=0.1.92,<0.2",
   "absl-py>=2.5,<3",
@@ -50,7 +52,7 @@ DEMO = [
 
 # Read published weights, and compare with torch in tests: 2.13 is tested, 2.11
 # is what current GPU images carry.
-TORCH = ["torch>=2.11,<2.14", "safetensors>=0.8,<1", "h5py>=3.12,<4"]
+TORCH = ["torch>=2.11,<2.14", "h5py>=3.12,<4"]
 
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2,<0.12"],

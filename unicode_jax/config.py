@@ -260,6 +260,11 @@ def default_config() -> ConfigDict:
   # "unified" is UniCode. Baselines: "separate" (codes get rows of their own),
   # "projector" (features through an MLP, as LLaVA; cannot draw).
   instruct.vision = "unified"
+  # Train low-rank adapters of the layers' matrices instead of the LLM: their
+  # rank, 0 for the whole LLM. They are scaled by lora_alpha / lora_rank, and
+  # merged wherever the run is loaded.
+  instruct.lora_rank = 0
+  instruct.lora_alpha = 16.0
   # Segments into which decompression cuts an image, one turn each.
   instruct.segments = 4
   # Questions about one image in a conversation, at most.
@@ -352,6 +357,7 @@ _RANGES = (
       "seed",
       "data.num_workers",
       "data.shift",
+      "instruct.lora_rank",
       "llm.attention_block",
       "tokenizer.loss.disc_start",
       "codebook.restart_dead_after",
@@ -592,6 +598,12 @@ _IMPOSSIBLE = (
     lambda c: c.instruct.vision == "projector" and c.data.codes is not None,
     "data.codes={c.data.codes!r} with instruct.vision='projector', which reads "
     "features, not codes: leave data.codes unset",
+  ),
+  (
+    lambda c: c.instruct.lora_rank and c.instruct.vision == "separate",
+    "instruct.lora_rank={c.instruct.lora_rank} with instruct.vision='separate' "
+    "would leave the new rows of the token table as they are drawn: set "
+    "lora_rank=0",
   ),
   (
     lambda c: c.stage == "instruct" and not any(c.instruct.tasks.values()),

@@ -1,10 +1,12 @@
-"""Exports a run's language model as a Hugging Face folder.
+"""Exports a run to PyTorch, as a Hugging Face folder.
 
   python -m unicode_jax.export --workdir=RUN --out=DIR
 
-transformers' AutoModelForCausalLM and AutoTokenizer load the folder with no
-code of this project, and so does what serves such folders. `--workdir` is a run
-of stage I or II, or what `unicode_jax.convert` made.
+transformers' AutoModelForCausalLM and AutoTokenizer load the language model
+with no code of this project, and so does what serves such folders. To read and
+draw pictures the folder brings a `modeling_unicode.py` of plain PyTorch, and a
+model card that says how. `--workdir` is a run of stage I or II, or what
+`unicode_jax.convert` made.
 """
 
 from collections.abc import Sequence
@@ -36,8 +38,12 @@ def main(argv: Sequence[str]) -> int:
   from unicode_jax import loading
   from unicode_jax.convert import exporting
 
-  loaded = loading.load_llm(values.workdir, values.step)
-  print(f"exported to {exporting.export_llm(loaded, values.out, values.dtype)}")
+  if loading.read_config(values.workdir).stage in ("pretrain", "instruct"):
+    loaded = loading.load(values.workdir, values.step)
+  else:
+    loaded = loading.load_llm(values.workdir, values.step)
+  out = exporting.export(loaded, values.out, values.dtype, values.license)
+  print(f"exported to {out}")
   return 0
 
 
@@ -50,7 +56,10 @@ def run() -> None:
     "dtype",
     "float32",
     ["float32", "bfloat16", "float16"],
-    "Of the weights that are written; they are trained in float32.",
+    "Of the language model's weights; they are trained in float32.",
+  )
+  flags.DEFINE_string(
+    "license", None, "Of the weights, for the model card, such as apache-2.0."
   )
   try:
     app.run(main)

@@ -60,9 +60,10 @@ def build_model(config) -> unicode_lib.UniCode:
   """
   tokenizer, codebook = config.tokenizer, config.codebook
   rules = codebook_lib.CodebookConfig(depth=tokenizer.depth, **_rules(codebook))
-  vision = "unified"
+  vision, lora = "unified", {}
   if config.stage == "instruct":
     rules, vision = codebook_lib.frozen_config(rules), config.instruct.vision
+    lora = {key: config.instruct[key] for key in ("lora_rank", "lora_alpha")}
   return unicode_lib.UniCode(
     tokenizer=tokenizer_lib.TokenizerConfig(
       image_size=config.image_size,
@@ -78,6 +79,7 @@ def build_model(config) -> unicode_lib.UniCode:
     quantizer=tokenizer.quantizer,
     llama=build_llama(config),
     vision=vision,
+    **lora,
   )
 
 
@@ -129,6 +131,18 @@ class Loaded:
     """How conversations become ids."""
     return sequence_format(self.config)
 
+  @property
+  def llm(self) -> "LoadedLlm":
+    """The language model by itself."""
+    return LoadedLlm(
+      self.config,
+      self.model.llama,
+      self.variables.params["llm"],
+      self.text_tokenizer,
+      self.workdir,
+      self.step,
+    )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LoadedLlm:
@@ -154,6 +168,8 @@ class LoadedLlm:
 def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   """Loads a run: of stage I, stage II or a tokenizer alone.
 
+  Adapters are merged: what is returned has none.
+
   Args:
     workdir: Run folder.
     step: Which checkpoint; None for the newest.
@@ -177,6 +193,12 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
     jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
   )
   variables = _restore(workdir, step, shapes)
+  if model.lora_rank:
+    params = dict(variables.params)
+    params["llm"] = model.llm(params)
+    del params["lora"]
+    variables = variables.replace(params=params)
+    model = dataclasses.replace(model, lora_rank=0)
   tokenizer = None
   if model.llama is not None:
     tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
@@ -193,12 +215,15 @@ def load_llm(
     step: Which checkpoint; None for the newest.
 
   Returns:
-    The model, on the default device; nothing else of the run is read.
+    The model, on the default device; nothing else of the run is read, unless
+    adapters are merged.
 
   Raises:
     ConfigError: If the folder holds no run, no LLM, or no such checkpoint.
   """
   workdir, config, step = _find(workdir, step)
+  if config.stage == "instruct" and config.instruct.lora_rank:
+    return load(workdir, step).llm
   llama = build_llama(config)
   if llama is None:
     raise config_lib.ConfigError(
@@ -215,8 +240,15 @@ def load_llm(
   return LoadedLlm(config, llama, params, tokenizer, workdir, step)
 
 
-def _find(workdir, step: int | None):
-  """Returns folder, config and step of a checkpoint."""
+def read_config(workdir: str | os.PathLike[str]):
+  """Returns the resolved config of a run.
+
+  Args:
+    workdir: Run folder.
+
+  Raises:
+    ConfigError: If the folder holds no run.
+  """
   workdir = pathlib.Path(workdir).expanduser()
   path = workdir / "config.json"
   if not path.is_file():
@@ -229,7 +261,13 @@ def _find(workdir, step: int | None):
     raise config_lib.ConfigError(
       f"{workdir} holds no run (no config.json in it): {remedy}"
     )
-  config = config_lib.from_json(path)
+  return config_lib.from_json(path)
+
+
+def _find(workdir, step: int | None):
+  """Returns folder, config and step of a checkpoint."""
+  config = read_config(workdir)
+  workdir = pathlib.Path(workdir).expanduser()
   folder = workdir / "checkpoints"
   steps = sorted(
     int(entry.name)

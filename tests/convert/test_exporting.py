@@ -70,7 +70,7 @@ def logits(loaded, ids):
 )
 def test_transformers_computes_the_same(changes, tmp_path, tokenizer):
   loaded = make(tokenizer, **changes)
-  out = exporting.export_llm(loaded, tmp_path / "hf")
+  out = exporting.export(loaded, tmp_path / "hf")
   model = transformers.AutoModelForCausalLM.from_pretrained(
     out, attn_implementation="eager"
   ).eval()
@@ -130,7 +130,7 @@ def test_the_file_is_the_librarys(tmp_path):
 def test_the_chat_template_gives_the_prompt_of_training(
   template, tmp_path, tokenizer
 ):
-  out = exporting.export_llm(make(tokenizer, template), tmp_path / "hf")
+  out = exporting.export(make(tokenizer, template), tmp_path / "hf")
   theirs = transformers.AutoTokenizer.from_pretrained(out)
   layout = sequences.SequenceFormat(template=sequences.TEMPLATES[template])
   turns = (("what is red?", "a circle"),)
@@ -153,11 +153,11 @@ def test_the_chat_template_gives_the_prompt_of_training(
 def test_settings_that_no_architecture_has(tmp_path, tokenizer):
   loaded = make(tokenizer, qkv_bias=True, qk_norm=True)
   with pytest.raises(config_lib.ConfigError, match="no architecture"):
-    exporting.export_llm(loaded, tmp_path / "hf")
+    exporting.export(loaded, tmp_path / "hf")
   assert not list(tmp_path.iterdir())
   (tmp_path / "hf").mkdir()
   with pytest.raises(config_lib.ConfigError, match="is there already"):
-    exporting.export_llm(make(tokenizer), tmp_path / "hf")
+    exporting.export(make(tokenizer), tmp_path / "hf")
 
 
 def test_a_run_of_stage_one(stage_one, tmp_path):
@@ -168,7 +168,7 @@ def test_a_run_of_stage_one(stage_one, tmp_path):
   jax.tree.map(
     np.testing.assert_array_equal, loaded.params, whole.variables.params["llm"]
   )
-  out = exporting.export_llm(loaded, tmp_path / "hf")
+  out = exporting.export(loaded, tmp_path / "hf")
   model = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(out)
   text = "what colour is the shape?"
@@ -180,10 +180,10 @@ def test_a_run_of_stage_one(stage_one, tmp_path):
 
 
 def test_an_imported_model_keeps_its_chat_template(tmp_path, tokenizer):
-  out = exporting.export_llm(make(tokenizer), tmp_path / "hf")
+  out = exporting.export(make(tokenizer), tmp_path / "hf")
   (out / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
   run = importing.import_checkpoint(out, tmp_path / "run")
-  back = exporting.export_llm(loading.load_llm(run), tmp_path / "back")
+  back = exporting.export(loading.load_llm(run), tmp_path / "back")
   theirs = transformers.AutoTokenizer.from_pretrained(back)
   messages = [{"role": "user", "content": "a red circle"}]
   text = theirs.apply_chat_template(messages, tokenize=False)

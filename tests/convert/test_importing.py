@@ -13,85 +13,49 @@ import safetensors.numpy
 import torch
 import transformers
 
+from benchmarks import hf_parity
 from unicode_jax import config as config_lib, loading
 from unicode_jax.convert import architectures, importing, names
-from unicode_jax.data import text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import llama as llama_lib
-
-SIZES = dict(
-  vocab_size=384,
-  hidden_size=48,
-  num_hidden_layers=2,
-  num_attention_heads=4,
-  num_key_value_heads=2,
-  intermediate_size=80,
-  max_position_embeddings=64,
-)
-LLAMA3 = {
-  "rope_type": "llama3",
-  "rope_theta": 100.0,
-  "factor": 4.0,
-  "low_freq_factor": 1.0,
-  "high_freq_factor": 3.0,
-  "original_max_position_embeddings": 32,
-}
-# Name -> class of transformers, what differs from SIZES.
-FAMILIES = {
-  "llama": ("Llama", {}),
-  "llama3": ("Llama", {"rope_parameters": LLAMA3, "head_dim": 10}),
-  "smollm2": ("Llama", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
-  "mistral": ("Mistral", {"sliding_window": 5}),
-  "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-  "qwen3": ("Qwen3", {"head_dim": 16}),
-}
 
 
 @pytest.fixture(scope="module")
 def text_tokenizer(tmp_path_factory):
   """A folder with a small tokenizer."""
   folder = tmp_path_factory.mktemp("tokenizer")
-  text_tokenizer_lib.train_text_tokenizer(
-    ["a rooster stands on a red circle", "what does the image show?"], 300
-  ).save(folder)
+  hf_parity.save_tokenizer(folder)
   return folder
-
-
-def make(name, folder, text_tokenizer, **save):
-  """Saves a model of a family, away from its tame start; returns it."""
-  kind, changes = FAMILIES[name]
-  torch.manual_seed(0)
-  config = getattr(transformers, f"{kind}Config")(
-    **(SIZES | changes), attn_implementation="eager"
-  )
-  model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-  with torch.no_grad():
-    for weight in model.parameters():
-      weight += 0.2 * torch.randn_like(weight)
-  model.save_pretrained(folder, **save)
-  for file in text_tokenizer.iterdir():
-    shutil.copy(file, folder)
-  return model
 
 
 def difference(loaded, model):
   """Returns the largest difference of logits, beside the largest logit."""
   ids = np.random.default_rng(0).integers(0, 384, (2, 40))
-  run = jax.jit(llama_lib.Llama(loaded.llama).apply)
-  ours, _ = run({"params": loaded.params}, jnp.asarray(ids)[..., None])
-  with torch.no_grad():
-    theirs = model(torch.tensor(ids)).logits.numpy()
-  return np.abs(ours - theirs).max() / np.abs(theirs).max()
+  return hf_parity.forward_error(loaded, model, ids)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(name, tmp_path, text_tokenizer):
-  model = make(name, tmp_path / "hf", text_tokenizer)
-  out = importing.import_checkpoint(tmp_path / "hf", tmp_path / "run")
-  assert difference(loading.load_llm(out), model) < 2e-5
+@pytest.mark.parametrize("name", hf_parity.FAMILIES)
+def test_every_family_there_and_back(name, tmp_path):
+  """Whole, cached, padded, packed, exported again, and greedy."""
+  found = hf_parity.measure(name, tmp_path)
+  assert found.pop("greedy") == 1
+  assert len(found) == 5
+  assert all(error < 2e-5 for error in found.values()), found
+
+
+@pytest.mark.parametrize("name", ["forward", "cached", "padded", "packed"])
+def test_a_slightly_other_model_is_noticed(name, tmp_path, text_tokenizer):
+  model = hf_parity.make("llama", tmp_path / "hf", text_tokenizer)
+  loaded = loading.load_llm(
+    importing.import_checkpoint(tmp_path / "hf", tmp_path / "run")
+  )
+  norm = loaded.params["layers_1"]["mlp_norm"]
+  norm["scale"] = norm["scale"] * 1.001
+  ids = np.random.default_rng(0).integers(4, 384, (5, 40))
+  assert getattr(hf_parity, f"{name}_error")(loaded, model, ids) > 2e-5
 
 
 def test_shards_and_bfloat16(tmp_path, text_tokenizer):
-  model = make("llama", tmp_path / "hf", text_tokenizer)
+  model = hf_parity.make("llama", tmp_path / "hf", text_tokenizer)
   for (
     weight
   ) in model.parameters():  # And not RoPE's table, as bfloat16() would.
@@ -138,9 +102,9 @@ def test_every_parameter_has_one_tensor():
         }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", hf_parity.FAMILIES)
 def test_configs_translate_back(name, tmp_path, text_tokenizer):
-  make(name, tmp_path, text_tokenizer)
+  hf_parity.make(name, tmp_path, text_tokenizer)
   config = json.loads((tmp_path / "config.json").read_text())
   llama = llama_lib.LlamaConfig(**architectures.from_hugging_face(config))
   back = architectures.to_hugging_face(llama)
@@ -152,9 +116,11 @@ def test_configs_translate_back(name, tmp_path, text_tokenizer):
 def test_the_older_spelling_of_rope():
   old = {
     "model_type": "llama",
-    **SIZES,
+    **hf_parity.SIZES,
     "rope_theta": 500000.0,
-    "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+    "rope_scaling": {
+      k: v for k, v in hf_parity.LLAMA3.items() if k != "rope_theta"
+    },
   }
   settings = architectures.from_hugging_face(old)
   assert settings["rope_theta"] == 500000.0
@@ -186,7 +152,7 @@ def test_the_older_spelling_of_rope():
   ],
 )
 def test_settings_that_cannot_be_imported(changes, message):
-  config = {"model_type": "llama", **SIZES, **changes}
+  config = {"model_type": "llama", **hf_parity.SIZES, **changes}
   with pytest.raises(config_lib.ConfigError, match=message):
     architectures.from_hugging_face(config)
 
@@ -205,7 +171,7 @@ def test_wrong_tensors_are_named(tmp_path, text_tokenizer):
 
   def expect(message, change):
     shutil.rmtree(folder, ignore_errors=True)
-    make("llama", folder, text_tokenizer)
+    hf_parity.make("llama", folder, text_tokenizer)
     rewrite(folder, change)
     with pytest.raises(config_lib.ConfigError, match=message):
       importing.import_checkpoint(folder, out)
@@ -220,7 +186,7 @@ def test_wrong_tensors_are_named(tmp_path, text_tokenizer):
     lambda t: t.update({down: np.ones((3, 3), np.float32)}),
   )
   # A table that older checkpoints keep is no error, nor a head that is tied.
-  make("smollm2", folder, text_tokenizer)
+  hf_parity.make("smollm2", folder, text_tokenizer)
   rewrite(
     folder,
     lambda t: t.update(
@@ -235,7 +201,7 @@ def test_wrong_tensors_are_named(tmp_path, text_tokenizer):
 
 def test_wrong_files_are_named(tmp_path, text_tokenizer):
   folder, out = tmp_path / "hf", tmp_path / "run"
-  make("llama", folder, text_tokenizer)
+  hf_parity.make("llama", folder, text_tokenizer)
 
   def expect(message):
     with pytest.raises(config_lib.ConfigError, match=message):
@@ -268,7 +234,7 @@ def test_wrong_files_are_named(tmp_path, text_tokenizer):
 
 
 def test_an_imported_model_is_no_run_with_images(tmp_path, text_tokenizer):
-  make("llama", tmp_path / "hf", text_tokenizer)
+  hf_parity.make("llama", tmp_path / "hf", text_tokenizer)
   out = importing.import_checkpoint(tmp_path / "hf", tmp_path / "run")
   with pytest.raises(config_lib.ConfigError, match="has seen no image"):
     loading.load(out)
@@ -307,3 +273,12 @@ def test_smollm2_equals_transformers(tmp_path):
     theirs = model(torch.tensor([ids])).logits.numpy()
   np.testing.assert_array_equal(ours.argmax(-1), theirs.argmax(-1))
   assert np.abs(ours - theirs).max() < 1e-3
+  prompts = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time, there was a little",
+    "Water boils at",
+    "My favourite animal is the",
+  )
+  encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+  assert hf_parity.greedy_agreement(loaded, model, encoded) == 1

@@ -256,6 +256,49 @@ def test_a_run_of_stage_two_loads_and_goes_on(shared, runs, tmp_path):
     instruct.starting_variables(other, loaded, loading.build_model(other))
 
 
+def test_adapters_learn_in_place_of_the_llm(shared, tmp_path):
+  """And are merged wherever the run is loaded."""
+  _, loaded, _ = shared
+  workdir = tmp_path / "lora"
+  overrides = {"instruct.lora_rank": 2, "instruct.lora_alpha": 8.0}
+  stage, state = train(shared, workdir, **overrides)
+  params = state.variables.params
+  chex.assert_trees_all_equal(params["llm"], loaded.variables.params["llm"])
+  start = instruct.extend(stage.model, jax.random.key(0), loaded.variables)
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b).any()), params["lora"], start.params["lora"]
+  )
+  assert all(jax.tree.leaves(moved))
+  moments = jax.tree.leaves(state.opt_state)
+  assert sum(leaf.size for leaf in moments) < 2.1 * sum(
+    leaf.size for leaf in jax.tree.leaves(params["lora"])
+  )
+
+  merged = stage.model.llm(params)
+  (workdir / "config.json").write_text(config_lib.to_json(stage.config))
+  stage.data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
+  again = loading.load(workdir)
+  assert "lora" not in again.variables.params and not again.model.lora_rank
+  for found in (
+    again.variables.params["llm"],
+    loading.load_llm(workdir).params,
+  ):
+    chex.assert_trees_all_close(found, merged, atol=1e-6)
+  kernel = merged["layers_0"]["mlp"]["up_proj"]["kernel"]
+  base = params["llm"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+  assert np.abs(kernel - base).max() > 1e-4
+
+  # What is merged answers as what was trained.
+  batch = next(iter(mixture_lib.fixed_batches(stage.heldout, 0, 8, 8)))
+  trained = instruct_step.instruct_loss(
+    stage.model, {"lora": params["lora"]}, state.variables, batch
+  )
+  plain = instruct_step.instruct_loss(
+    again.model, {"llm": again.variables.params["llm"]}, again.variables, batch
+  )
+  np.testing.assert_allclose(trained[0], plain[0], rtol=1e-5)
+
+
 def test_exact_answers_are_what_greedy_decoding_gets_right(shared, runs):
   """Against the plain logits of every conversation by itself."""
   from unicode_jax.models import llama

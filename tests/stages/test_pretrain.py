@@ -297,7 +297,7 @@ def test_stage_one_starts_from_a_language_model(stage_one, tmp_path):
   """Its weights, its tokenizer, and a codebook made of its table."""
   workdir, *_ = stage_one
   loaded = loading.load_llm(workdir)
-  out = exporting.export_llm(loaded, tmp_path / "hf")
+  out = exporting.export(loaded, tmp_path / "hf")
   llm = importing.import_checkpoint(out, tmp_path / "llm")
   for scanned in (False, True):
     overrides = {"llm_from": str(llm), "llm.scan_layers": scanned}

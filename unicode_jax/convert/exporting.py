@@ -1,8 +1,9 @@
-"""Makes a Hugging Face folder of a run's language model.
+"""Makes a Hugging Face folder of a run.
 
-`AutoModelForCausalLM` loads it with no code of ours, and what serves such
-folders serves it. Text is all that it then reads and writes: its vocabulary has
-the visual codes in it, which are tokens like any other.
+`AutoModelForCausalLM` loads its language model with no code of ours, and what
+serves such folders serves it: it reads and writes text, for the visual codes
+are tokens like any other. With `modeling_unicode.py`, which lies beside it, the
+same weights read and draw pictures (see `visual`).
 
 Tensors are written one at a time, behind a header that is known before any of
 them, so that there is never a second copy of the model.
@@ -18,8 +19,14 @@ from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
 
-from unicode_jax import loading
-from unicode_jax.convert import architectures, folders, names
+from unicode_jax import config as config_lib, loading
+from unicode_jax.convert import (
+  architectures,
+  folders,
+  model_card,
+  names,
+  visual,
+)
 from unicode_jax.data import sequences
 from unicode_jax.models import llama as llama_lib
 
@@ -28,15 +35,21 @@ _SHARD_BYTES = 5 * 10**9
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def export_llm(
-  loaded: loading.LoadedLlm, out, dtype: str = "float32"
+def export(
+  loaded: loading.Loaded | loading.LoadedLlm,
+  out,
+  dtype: str = "float32",
+  licence: str | None = None,
 ) -> pathlib.Path:
   """Writes the folder.
 
   Args:
-    loaded: the model.
+    loaded: the model; of a language model by itself, and of a baseline with a
+      projector, only the language model is written.
     out: folder to make; must not be there yet.
-    dtype: of the weights: "float32" (as trained), "bfloat16" or "float16".
+    dtype: of the language model's weights: "float32" (as trained), "bfloat16"
+      or "float16".
+    licence: of the weights, for the model card.
 
   Returns:
     `out`.
@@ -46,9 +59,12 @@ def export_llm(
       the model's.
   """
   out = folders.new(out)
-  config = architectures.to_hugging_face(loaded.llama)
-  tokenizer = loaded.text_tokenizer
-  template = loading.sequence_format(loaded.config).template
+  llm, sees = loaded, False
+  if isinstance(loaded, loading.Loaded):
+    llm, sees = loaded.llm, loaded.model.vision != "projector"
+  config = architectures.to_hugging_face(llm.llama)
+  tokenizer = llm.text_tokenizer
+  template = loading.sequence_format(llm.config).template
   ids = {
     "bos_token_id": tokenizer.bos_id,
     "eos_token_id": sequences.stop_id(tokenizer, template),
@@ -56,19 +72,25 @@ def export_llm(
   }
   config |= ids | {
     "dtype": dtype,
-    "max_position_embeddings": loaded.config.llm.context_length,
+    "max_position_embeddings": llm.config.llm.context_length,
   }
   with folders.filled(out) as work:
     tokenizer.save(work)
     path = work / "tokenizer_config.json"
     settings = json.loads(path.read_text())
-    if loaded.config.stage != loading.LLM_STAGE:  # Else its own.
+    if llm.config.stage != loading.LLM_STAGE:  # Else its own.
       settings["chat_template"] = chat_template(template, tokenizer)
     _write_json(path, settings)
+    write_weights(work, llm.params, llm.llama, dtype)
+    if sees:
+      config |= visual.write(work, loaded)
     _write_json(work / "config.json", config)
     _write_json(work / "generation_config.json", ids)
-    write_weights(work, loaded.params, loaded.llama, dtype)
-  logging.info("exported %s to %s", loaded.workdir, out)
+    (work / "unicode_jax_config.json").write_text(
+      config_lib.to_json(llm.config), encoding="utf-8"
+    )
+    model_card.write(work, llm, config.get("unicode"), licence)
+  logging.info("exported %s to %s", llm.workdir, out)
   return out
 
 

@@ -4,8 +4,8 @@ The folder holds what every run does: `config.json` (of the stage "llm", which
 nothing trains), a checkpoint with the LLM's parameters, and the text tokenizer.
 So stage I starts from it (`llm_from`), and `export` takes it as it is.
 
-Tensors are read, checked, converted and placed one at a time; at no moment is
-there a second copy of the model.
+Tensors are read, checked and converted one at a time, in the host's memory; at
+no moment is there a second copy of the model.
 """
 
 import json
@@ -14,7 +14,6 @@ import pathlib
 import tempfile
 
 from flax import traverse_util
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -86,7 +85,7 @@ def read_parameters(
     gguf: whether it is GGUF.
 
   Returns:
-    Parameters of the unrolled `Llama`, float32, on the default device.
+    Parameters of the unrolled `Llama`, float32, in the host's memory.
   """
   heads = {"attn_q": llama.num_heads, "attn_k": llama.num_kv_heads}
   params = {}
@@ -97,7 +96,7 @@ def read_parameters(
       value = names.unpermuted(value, heads[kind])
     if entry.transposed:
       value = np.ascontiguousarray(value.T)
-    params[entry.path] = jnp.asarray(value)
+    params[entry.path] = value
   return traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
+import safetensors
 
 from unicode_jax import config as config_lib
 
@@ -102,8 +103,6 @@ class SafetensorsReader:
 @contextlib.contextmanager
 def _open(path: pathlib.Path):
   """Opens a file so that bfloat16 can be read, in the host's memory."""
-  import safetensors  # pylint: disable=g-import-not-at-top
-
   with (
     jax.default_device(jax.local_devices(backend="cpu")[0]),
     safetensors.safe_open(path, framework="flax") as file,

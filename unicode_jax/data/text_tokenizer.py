@@ -215,6 +215,13 @@ class TextTokenizer:
     ):
       (folder / name).write_text(text, encoding="utf-8")
 
+  def save_plain(self, path: str | os.PathLike[str]) -> None:
+    """Writes what `encode` uses as one file, for the library `tokenizers`.
+
+    There, `encode_special_tokens` must be set to the same effect.
+    """
+    self._text.save(str(path))
+
 
 def _plain(spec: dict[str, Any]) -> dict[str, Any]:
   """Edits a tokenizer.json into one for text alone.

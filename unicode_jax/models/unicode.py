@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from unicode_jax import codebook as codebook_lib, quantizer as quantizer_lib
 from unicode_jax.models import (
   llama as llama_lib,
+  lora as lora_lib,
   projector as projector_lib,
   tokenizer as tokenizer_lib,
 )
@@ -27,7 +28,7 @@ class Variables:
   Attributes:
     params: {"encoder", "decoder", "codebook", "llm"}: what optimizers train
       ("llm" is absent when the codebook is private, "projector" is there for
-      that baseline only).
+      that baseline only, "lora" where adapters are trained).
     codebook_state: Gains, fixed projection or table, statistics.
     valid: bool[K], ids that may be visual codes.
   """
@@ -49,6 +50,8 @@ class UniCode:
     vision: How the LLM reads images: "unified", or a baseline of METHOD section
       5: "separate" (codes have K rows of their own behind the K of the text) or
       "projector" (features through an MLP; cannot draw).
+    lora_rank: of the adapters that are trained in place of the LLM, 0 without.
+    lora_alpha: adapters are scaled by this over their rank.
   """
 
   tokenizer: tokenizer_lib.TokenizerConfig
@@ -56,6 +59,8 @@ class UniCode:
   quantizer: str
   llama: llama_lib.LlamaConfig | None
   vision: str = "unified"
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
 
   @property
   def depth(self) -> int:
@@ -111,10 +116,25 @@ class UniCode:
       params["projector"] = self._projector().init(
         jax.random.fold_in(key, 4), features
       )["params"]
+    if self.lora_rank:
+      params["lora"] = lora_lib.init_adapters(
+        jax.random.fold_in(key, 5), params["llm"], self.lora_rank
+      )
     params["codebook"], state = codebook_lib.init_codebook(
       keys[3], self.embedding(params), valid, self.codebook
     )
     return Variables(params=params, codebook_state=state, valid=valid)
+
+  def llm(self, params):
+    """Returns the LLM's parameters with the adapters, if any, merged.
+
+    Where there are adapters, the LLM itself gets no gradient.
+    """
+    if not self.lora_rank:
+      return params["llm"]
+    base = jax.lax.stop_gradient(params["llm"])
+    scale = self.lora_alpha / self.lora_rank
+    return lora_lib.merge(base, params["lora"], scale)
 
   def embedding(self, params) -> jax.Array | None:
     """Returns the LLM's token table float32[K, d_llm], None without an LLM.

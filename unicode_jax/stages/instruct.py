@@ -32,7 +32,11 @@ from unicode_jax.data import (
   tasks,
   views as views_lib,
 )
-from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
+from unicode_jax.models import (
+  llama as llama_lib,
+  lora as lora_lib,
+  unicode as unicode_lib,
+)
 from unicode_jax.stages import run_folder, runner
 from unicode_jax.training import (
   alarm as alarm_lib,
@@ -157,7 +161,8 @@ def extend(
 
   Returns:
     Variables of `model`: "separate" gets K new rows, drawn as the others were,
-    "projector" its projector; those of a start that has them stay.
+    "projector" its projector; those of a start that has them stay. Adapters
+    are new, and change nothing yet.
   """
   params = dict(variables.params)
   fresh = jax.eval_shape(model.init, key, variables.valid).params
@@ -175,7 +180,12 @@ def extend(
       new = 0.02 * jax.random.normal(keys[1], shape[::-1])
       kernel = llm["lm_head"]["kernel"]
       llm["lm_head"] = {"kernel": jnp.concatenate([kernel, new], axis=1)}
-  return variables.replace(params={**params, "llm": llm})
+  params["llm"] = llm
+  if model.lora_rank:
+    params["lora"] = lora_lib.init_adapters(
+      jax.random.fold_in(key, 1), llm, model.lora_rank
+    )
+  return variables.replace(params=params)
 
 
 class InstructStage:

@@ -19,7 +19,10 @@ from unicode_jax.training import losses as losses_lib, state as state_lib
 
 def trained_groups(model: unicode_lib.UniCode) -> tuple[str, ...]:
   """Names the parameters that stage II trains."""
-  return ("llm", "projector") if model.vision == "projector" else ("llm",)
+  language = "lora" if model.lora_rank else "llm"
+  if model.vision == "projector":
+    return language, "projector"
+  return (language,)
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -108,8 +111,9 @@ def instruct_loss(
   token_ids, labels, extra = _read(
     model, {**groups, "variables": variables}, batch, codes
   )
+  llm = model.llm({**variables.params, **groups})
   hidden, _ = llama_lib.Llama(model.llama).apply(
-    {"params": groups["llm"]},
+    {"params": llm},
     token_ids,
     positions=batch["positions"],
     segment_ids=batch["segment_ids"],
@@ -121,7 +125,7 @@ def instruct_loss(
     batch["image_mask"], image_loss_weight, 1.0
   )
   loss, aux = losses_lib.next_token_loss(
-    hidden, llama_lib.head_kernel(groups["llm"], model.llama), labels, weight
+    hidden, llama_lib.head_kernel(llm, model.llama), labels, weight
   )
   return loss, {
     "nll": aux["nll"],

@@ -1,0 +1,193 @@
+"""Writes the model card of an exported checkpoint: README.md.
+
+What the model is, how it is used, what it was trained on and how it did. The
+numbers are those that `evaluate` left in the run folder for the same step; they
+travel along as a report with its pictures.
+"""
+
+import json
+import logging
+import pathlib
+import shutil
+
+from unicode_jax import loading
+
+_EVALUATION = "evaluation"
+# Embedded data: what it is, and whose.
+_EMBEDDED = {
+  "openmoji": "pictures of [OpenMoji](https://openmoji.org) 17, CC BY-SA 4.0",
+  "easy_vqa": "pictures and questions of easy-VQA 1.0, MIT",
+}
+_CONVERSATIONS = "conversations of ChatterBot's corpus 1.3, BSD"
+# Headline -> suite, path in the results of each set, format.
+_HEADLINES = {
+  "PSNR of reconstructions": ("reconstruction", ("psnr",), "{:.2f} dB"),
+  "Questions answered": ("vqa", ("accuracy",), "{:.1%}"),
+  "- by who knows only the questions": (
+    *("vqa", ("blind", "accuracy"), "{:.1%}"),
+  ),
+  "POPE-style F1, adversarial": ("pope", ("adversarial", "f1"), "{:.3f}"),
+  "Captions exactly right": ("caption", ("exact_match",), "{:.1%}"),
+  "Perplexity of text": ("text", ("perplexity",), "{:.1f}"),
+}
+_USE_LLM = """\
+Text in, text out, with nothing but transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(path)
+tokenizer = AutoTokenizer.from_pretrained(path)
+```
+"""
+_USE_VISUAL = """\
+Pictures too, with the `modeling_unicode.py` in this folder, which is plain
+PyTorch (read it before you trust it):
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(
+  path, trust_remote_code=True
+)
+
+inputs = processor("what is in the image?", images=Image.open("x.png"))
+print(processor.decode(model.generate(**inputs)))
+
+inputs = processor.drawing(["rooster", "a blue circle"])
+for i, picture in enumerate(processor.to_images(model.draw(**inputs))):
+  picture.save(f"drawn_{i}.png")
+
+codes = model.encode(processor.to_pixels([Image.open("x.png")]))  # [1, P, D]
+pictures = processor.to_images(model.decode(codes))
+```
+"""
+
+
+def write(
+  folder: pathlib.Path,
+  llm: loading.LoadedLlm,
+  visual: dict | None,
+  licence: str | None,
+) -> None:
+  """Writes README.md, and copies the evaluation if there is one.
+
+  Args:
+    folder: the exported checkpoint's.
+    llm: its language model.
+    visual: `visual.settings`, None for a language model alone.
+    licence: of the weights, as model hubs spell it; None if it is not chosen.
+  """
+  config = llm.config
+  name = llm.workdir.resolve().name if llm.workdir else folder.name
+  lines = [
+    "---",
+    f"license: {licence or 'other'}",
+    "library_name: transformers",
+    f"pipeline_tag: {'image-text-to-text' if visual else 'text-generation'}",
+    "tags: [unicode, unified-codebook]" if visual else "tags: []",
+    "---",
+    "",
+    f"# {name}",
+    "",
+    *_description(llm, visual),
+    "## Use",
+    "",
+    "`path` is this folder.",
+    "",
+    _USE_LLM,
+  ]
+  if visual:
+    lines += [_USE_VISUAL]
+  lines += ["## Training", "", *_training(config, llm.step)]
+  lines += ["## Evaluation", "", *_evaluation(folder, llm)]
+  lines += ["## Licence", "", _licence(config, licence), ""]
+  (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _description(llm: loading.LoadedLlm, visual: dict | None) -> list[str]:
+  shape = llm.llama
+  lines = [
+    f"A language model of {shape.num_layers} layers, {shape.embed_dim} wide, "
+    f"with {shape.vocab_size} tokens.",
+    "",
+  ]
+  if visual:
+    size, (height, width) = visual["image_size"], visual["grid"]
+    lines[0] = (
+      "A language model that reads and draws pictures through its own token "
+      "table, which is also the codebook of its visual tokenizer (UniCode, "
+      "[arXiv 2403.09072](https://arxiv.org/abs/2403.09072)). " + lines[0]
+    )
+    lines[1:1] = [
+      "",
+      f"A picture of {size}x{size} pixels has {height}x{width} positions with "
+      f"{visual['depth']} codes each ({visual['quantizer']}, "
+      f"{visual['code_dim']} dimensions).",
+    ]
+  return lines
+
+
+def _training(config, step: int) -> list[str]:
+  if config.stage == loading.LLM_STAGE:
+    return ["Imported as it was; not trained further.", ""]
+  data = config.data
+  lines = [
+    f"- stage: {config.stage}, {step} steps, seed {config.seed}",
+    f"- paradigm of the codebook: {config.codebook.paradigm}",
+  ]
+  if data.source == "embedded":
+    lines += [f"- data: {_EMBEDDED[name]}" for name in data.embedded]
+    lines += [f"- data: {_CONVERSATIONS}"]
+  else:
+    lines += [f"- data: source {data.source!r}, {data.path or data.tfds}"]
+  return [
+    *lines,
+    "",
+    "`unicode_jax_config.json` has every setting, of "
+    "`python -m unicode_jax.main`.",
+    "",
+  ]
+
+
+def _evaluation(folder: pathlib.Path, llm: loading.LoadedLlm) -> list[str]:
+  """Copies the run's evaluation; returns its headlines."""
+  there = llm.workdir / _EVALUATION if llm.workdir else None
+  command = "`python -m unicode_jax.evaluate` before exporting"
+  if there is None or not (there / "results.json").is_file():
+    return [f"Not evaluated: run {command}.", ""]
+  results = json.loads((there / "results.json").read_text(encoding="utf-8"))
+  step = results["run"]["step"]
+  if step != llm.step:
+    logging.warning(
+      "the evaluation in %s is of step %d, not of %d: left out",
+      *(there, step, llm.step),
+    )
+    return [f"Not evaluated at this step, {llm.step}: run {command}.", ""]
+  shutil.copytree(there, folder / _EVALUATION)
+  lines = ["Held-out data, one seed:", "", "| | on | |", "|---|---|---|"]
+  for title, (suite, path, form) in _HEADLINES.items():
+    entry = results["suites"].get(suite, {}).get("results") or {}
+    for name, values in entry.items():
+      for key in path:
+        values = values.get(key, {})
+      if values != {}:
+        lines.append(f"| {title} | {name} | {form.format(values)} |")
+  return [
+    *lines,
+    "",
+    f"All of it, with protocols and pictures: [{_EVALUATION}/report.md]"
+    f"({_EVALUATION}/report.md).",
+    "",
+  ]
+
+
+def _licence(config, licence: str | None) -> str:
+  if licence:
+    return f"The weights: {licence}."
+  of_data = config.stage != loading.LLM_STAGE
+  return "The licence of the weights is for their owner to choose" + (
+    ", who heeds those of the data above." if of_data else "."
+  )

@@ -1,0 +1,65 @@
+"""Low-rank adapters of the language model (Hu et al., arXiv 2106.09685).
+
+Every matrix of the layers is W + (alpha / rank) A B, of which A and B alone are
+trained: the gradients and moments of the optimizer are a hundredth of the
+model's. The token table, the head and the norms stay as they are.
+
+An adapter has the path of its matrix, and like it a leading axis where layers
+are scanned. The sum is formed before the model runs, so that the model knows
+nothing of adapters and what is merged computes the same.
+"""
+
+from flax import traverse_util
+import jax
+import jax.numpy as jnp
+
+_LAYERS, _MATRIX = "layers", "kernel"
+
+
+def init_adapters(key: jax.Array, params, rank: int):
+  """Draws adapters that change nothing yet: A is random, B is 0.
+
+  Args:
+    key: PRNG key.
+    params: of `Llama`.
+    rank: columns of A.
+
+  Returns:
+    {path: {"a": float32[..., in, rank], "b": float32[..., rank, out]}} as a
+    nested dict.
+  """
+  adapters = {}
+  for i, (path, kernel) in enumerate(_matrices(params).items()):
+    *layers, inputs, outputs = kernel.shape
+    a = jax.random.normal(jax.random.fold_in(key, i), (*layers, inputs, rank))
+    adapters[*path[:-1], "a"] = a * inputs**-0.5
+    adapters[*path[:-1], "b"] = jnp.zeros((*layers, rank, outputs))
+  return traverse_util.unflatten_dict(adapters)
+
+
+def merge(params, adapters, scale: float):
+  """Adds adapters to a model.
+
+  Args:
+    params: of `Llama`.
+    adapters: of `init_adapters`.
+    scale: alpha / rank.
+
+  Returns:
+    Parameters of `Llama`; differentiable in both.
+  """
+  flat = traverse_util.flatten_dict(params)
+  added = traverse_util.flatten_dict(adapters)
+  for path in _matrices(params):
+    a, b = (added[*path[:-1], name] for name in "ab")
+    flat[path] = flat[path] + scale * (a @ b)
+  return traverse_util.unflatten_dict(flat)
+
+
+def _matrices(params):
+  """Returns the matrices of the layers by path, in order."""
+  return {
+    path: leaf
+    for path, leaf in sorted(traverse_util.flatten_dict(params).items())
+    if path[0].startswith(_LAYERS) and path[-1] == _MATRIX
+  }
