@@ -600,6 +600,16 @@ _IMPOSSIBLE = (
     "features, not codes: leave data.codes unset",
   ),
   (
+    lambda c: c.instruct.lora_rank > c.llm.embed_dim,
+    "instruct.lora_rank={c.instruct.lora_rank} is more than the matrices have, "
+    "llm.embed_dim={c.llm.embed_dim}: set it to 4 to 64 or so",
+  ),
+  (
+    lambda c: c.instruct.lora_rank and not c.instruct.lora_alpha,
+    "instruct.lora_alpha=0 with instruct.lora_rank={c.instruct.lora_rank} "
+    "leaves nothing to learn: set it above 0",
+  ),
+  (
     lambda c: c.instruct.lora_rank and c.instruct.vision == "separate",
     "instruct.lora_rank={c.instruct.lora_rank} with instruct.vision='separate' "
     "would leave the new rows of the token table as they are drawn: set "

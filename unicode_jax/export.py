@@ -10,6 +10,7 @@ model card that says how. `--workdir` is a run of stage I or II, or what
 """
 
 from collections.abc import Sequence
+import os
 import sys
 
 from absl import app, flags, logging
@@ -34,6 +35,7 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   if not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
+  os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax import loading
   from unicode_jax.convert import exporting

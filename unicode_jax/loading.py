@@ -23,6 +23,7 @@ from unicode_jax import codebook as codebook_lib, config as config_lib
 from unicode_jax.data import sequences, text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import (
   llama as llama_lib,
+  lora as lora_lib,
   tokenizer as tokenizer_lib,
   unicode as unicode_lib,
 )
@@ -195,8 +196,9 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   variables = _restore(workdir, step, shapes)
   if model.lora_rank:
     params = dict(variables.params)
-    params["llm"] = model.llm(params)
-    del params["lora"]
+    params["llm"] = lora_lib.merge_in_place(
+      params["llm"], params.pop("lora"), model.lora_alpha / model.lora_rank
+    )
     variables = variables.replace(params=params)
     model = dataclasses.replace(model, lora_rank=0)
   tokenizer = None

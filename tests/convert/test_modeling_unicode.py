@@ -1,8 +1,11 @@
 """The exported PyTorch code against the model that it was exported from."""
 
 import ast
+import copy
 import dataclasses
+import json
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -271,6 +274,7 @@ def test_wrong_use_is_said(pair):
     ([{"role": "assistant", "content": "x"}], "'assistant'"),
     ([{"role": "user", "content": "x"}] * 2, "take turns"),
     ([{"role": "user", "content": [{"type": "video"}]}], "'video'"),
+    ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "url"),
   ):
     with pytest.raises(ValueError, match=match):
       processor.apply_chat_template(messages)
@@ -280,20 +284,59 @@ def test_wrong_use_is_said(pair):
     )
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_other_types_leave_codes_as_they_are(pair):
+  """Rounding is for the language model; copies of the processor are whole."""
+  ours, processor, theirs = pair
+  images = pictures(40)
+  pixels = processor.to_pixels([Image.fromarray(image) for image in images])
+  expected = ours.encode(images)
+  rounded = copy.deepcopy(theirs).to(torch.bfloat16)
+  assert rounded.language_model.dtype == torch.bfloat16
+  np.testing.assert_array_equal(rounded.encode(pixels), expected)
+  with torch.autocast("cpu", torch.bfloat16):
+    np.testing.assert_array_equal(theirs.encode(pixels), expected)
+    assert theirs.decode(torch.tensor(expected)).dtype == torch.float32
+  text = "</s> <image> red"
+  again = pickle.loads(pickle.dumps(processor))
+  inputs = again(text, images=Image.fromarray(images[0]), return_tensors="pt")
+  assert (
+    inputs["input_ids"]
+    == processor(text, Image.fromarray(images[0]))["input_ids"]
+  ).all()
+  assert rounded.generate(**inputs).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+  "mode", ["RGB", "RGBA", "L", "P", "1", "CMYK", "I;16", "I", "F", "JPEG"]
+)
 def test_images_of_other_kinds(mode, tmp_path):
+  """As training reads them, by path and, but for large JPEGs, once opened."""
   image = Image.fromarray(pictures(1, 40)[0]).resize((50, 30))
+  if mode == "JPEG":
+    image, mode = image.resize((800, 600)), "RGB"
+    file = tmp_path / "x.jpg"
+  else:
+    file = tmp_path / ("x.tif" if mode in ("CMYK", "I", "F") else "x.png")
   if mode == "RGBA":
     image.putalpha(Image.linear_gradient("L").resize(image.size))
-  image = image.convert(mode)
-  file = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+  if mode == "I;16":
+    values = np.asarray(image.convert("L"), np.uint16) * 257
+    image = Image.fromarray(values)
+  elif mode == "I":
+    image = Image.fromarray(np.asarray(image.convert("L"), np.int32) * 200)
+  else:
+    image = image.convert(mode)
   image.save(file)
   processor = modeling_unicode.UniCodeProcessor.__new__(
     modeling_unicode.UniCodeProcessor
   )
   processor.settings = {"image_size": 16}
-  found = processor.to_images(processor.to_pixels([Image.open(file)]))[0]
-  np.testing.assert_array_equal(found, inference.open_image(file, 16))
+  expected = inference.open_image(file, 16)
+  assert len(np.unique(expected)) > (1 if mode == "1" else 20)
+  opened = [] if file.suffix == ".jpg" else [Image.open(file)]
+  for shown in [file, *opened]:
+    found = processor.to_images(processor.to_pixels([shown]))[0]
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +412,62 @@ assert "jax" not in sys.modules
   assert drawn == expected.flatten().tolist()
 
 
+def test_a_run_of_stage_one_shows_codes_alone(stage_one, tmp_path):
+  loaded = loading.load(stage_one[0])
+  folder = exporting.export(loaded, tmp_path / "out")
+  card = (folder / "README.md").read_text()
+  assert "not learned to read or to draw" in card
+  assert "model.encode" in card and "model.draw" not in card
+  fresh = loaded.variables.codebook_state | {
+    "gain": jnp.zeros_like(loaded.variables.codebook_state["gain"])
+  }
+  untrained = dataclasses.replace(
+    loaded, variables=loaded.variables.replace(codebook_state=fresh)
+  )
+  with pytest.raises(config_lib.ConfigError, match="no gains yet"):
+    exporting.export(untrained, tmp_path / "untrained")
+  assert not (tmp_path / "untrained").exists()
+
+
+def test_a_projector_stays_behind(tokenizer, tmp_path, caplog):
+  ours = make(tokenizer, {"instruct.vision": "projector"})
+  folder = exporting.export(ours.loaded, tmp_path / "out")
+  assert "language model alone is exported" in caplog.text
+  assert not (folder / "modeling_unicode.py").exists()
+  assert "which is not in this folder" in (folder / "README.md").read_text()
+  transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_the_evaluation_travels_along(tokenizer, tmp_path, caplog):
+  loaded = make(tokenizer, KINDS["rq"]).loaded
+  run = tmp_path / "run"
+  (run / "evaluation").mkdir(parents=True)
+  (run / "evaluation" / "report.md").write_text("# Evaluation")
+  results = {
+    "run": {"step": 0},
+    "suites": {
+      "vqa": {
+        "results": {"test": {"accuracy": 0.913, "blind": {"accuracy": 0.67}}}
+      },
+      "text": {"results": {"after": {"perplexity": "inf"}}},
+      "caption": {"cannot": "no captions"},
+    },
+  }
+  (run / "evaluation" / "results.json").write_text(json.dumps(results))
+  loaded = dataclasses.replace(loaded, workdir=run)
+  folder = exporting.export(loaded, tmp_path / "out", licence="mit")
+  card = (folder / "README.md").read_text()
+  assert "| Questions answered | test | 91.3% |" in card
+  assert "only the questions | test | 67.0% |" in card
+  assert "inf" not in card and "license: mit" in card
+  assert (folder / "evaluation" / "report.md").is_file()
+  other = dataclasses.replace(loaded, step=7)
+  folder = exporting.export(other, tmp_path / "other")
+  assert "Not evaluated at this step, 7" in (folder / "README.md").read_text()
+  assert "is of step 0, not of 7" in caplog.text
+  assert not (folder / "evaluation").exists()
+
+
 def test_the_code_needs_nothing_of_this_project():
   source = pathlib.Path(modeling_unicode.__file__).read_text()
   names = [
@@ -378,7 +477,7 @@ def test_the_code_needs_nothing_of_this_project():
     for alias in node.names
   ]
   allowed = {
-    *("collections", "math", "PIL", "safetensors"),
-    *("tokenizers", "torch", "transformers"),
+    *("collections", "contextlib", "math", "numpy", "os", "PIL"),
+    *("safetensors", "tokenizers", "torch", "transformers"),
   }
   assert {name.split(".")[0] for name in names} == allowed

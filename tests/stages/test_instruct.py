@@ -264,7 +264,8 @@ def test_adapters_learn_in_place_of_the_llm(shared, tmp_path):
   stage, state = train(shared, workdir, **overrides)
   params = state.variables.params
   chex.assert_trees_all_equal(params["llm"], loaded.variables.params["llm"])
-  start = instruct.extend(stage.model, jax.random.key(0), loaded.variables)
+  model_key = jax.random.split(jax.random.key(stage.config.seed))[0]
+  start = instruct.extend(stage.model, model_key, loaded.variables)
   moved = jax.tree.map(
     lambda a, b: bool((a != b).any()), params["lora"], start.params["lora"]
   )

@@ -8,6 +8,7 @@ Nothing is unpickled.
 """
 
 from collections.abc import Sequence
+import os
 import sys
 
 from absl import app, flags, logging
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   if not values["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
+  os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax.convert import importing
 

@@ -45,7 +45,7 @@ def export(
 
   Args:
     loaded: the model; of a language model by itself, and of a baseline with a
-      projector, only the language model is written.
+      projector (which is said), only the language model is written.
     out: folder to make; must not be there yet.
     dtype: of the language model's weights: "float32" (as trained), "bfloat16"
       or "float16".
@@ -62,6 +62,17 @@ def export(
   llm, sees = loaded, False
   if isinstance(loaded, loading.Loaded):
     llm, sees = loaded.llm, loaded.model.vision != "projector"
+    if not sees:
+      logging.warning(
+        "instruct.vision='projector' reads features instead of codes: the "
+        "language model alone is exported"
+      )
+    elif loaded.model.tokenizer.dtype != "float32":
+      logging.warning(
+        "the visual tokenizer was trained in %s and is exported in float32: a "
+        "few codes in a hundred will differ",
+        loaded.model.tokenizer.dtype,
+      )
   config = architectures.to_hugging_face(llm.llama)
   tokenizer = llm.text_tokenizer
   template = loading.sequence_format(llm.config).template

@@ -53,15 +53,18 @@ model = AutoModelForImageTextToText.from_pretrained(
   path, trust_remote_code=True
 )
 
+codes = model.encode(processor.to_pixels([Image.open("x.png")]))  # [1, P, D]
+pictures = processor.to_images(model.decode(codes))
+```
+"""
+_USE_LEARNED = """\
+```python
 inputs = processor("what is in the image?", images=Image.open("x.png"))
 print(processor.decode(model.generate(**inputs)))
 
 inputs = processor.drawing(["rooster", "a blue circle"])
 for i, picture in enumerate(processor.to_images(model.draw(**inputs))):
   picture.save(f"drawn_{i}.png")
-
-codes = model.encode(processor.to_pixels([Image.open("x.png")]))  # [1, P, D]
-pictures = processor.to_images(model.decode(codes))
 ```
 """
 
@@ -86,8 +89,7 @@ def write(
     "---",
     f"license: {licence or 'other'}",
     "library_name: transformers",
-    f"pipeline_tag: {'image-text-to-text' if visual else 'text-generation'}",
-    "tags: [unicode, unified-codebook]" if visual else "tags: []",
+    *(["tags: [unicode, unified-codebook]"] if visual else ()),
     "---",
     "",
     f"# {name}",
@@ -100,32 +102,52 @@ def write(
     _USE_LLM,
   ]
   if visual:
-    lines += [_USE_VISUAL]
+    lines.append(_USE_VISUAL)
+    if config.stage == "instruct":
+      lines.append(_USE_LEARNED)
   lines += ["## Training", "", *_training(config, llm.step)]
-  lines += ["## Evaluation", "", *_evaluation(folder, llm)]
+  lines += ["## Evaluation", "", *_evaluation(folder, llm, visual)]
   lines += ["## Licence", "", _licence(config, licence), ""]
   (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _description(llm: loading.LoadedLlm, visual: dict | None) -> list[str]:
-  shape = llm.llama
-  lines = [
+  shape, config = llm.llama, llm.config
+  model = (
     f"A language model of {shape.num_layers} layers, {shape.embed_dim} wide, "
-    f"with {shape.vocab_size} tokens.",
+    f"with {shape.vocab_size} tokens."
+  )
+  if visual is None:
+    lines = [model, ""]
+    if config.stage == "instruct":
+      lines += [
+        "It was trained to read features of pictures through a projector "
+        "(`instruct.vision=projector`), which is not in this folder.",
+        "",
+      ]
+    return lines
+  learned = config.stage == "instruct"
+  size, (height, width) = visual["image_size"], visual["grid"]
+  lines = [
+    f"{model} Its token table is also the codebook of a visual tokenizer "
+    "(UniCode, [arXiv 2403.09072](https://arxiv.org/abs/2403.09072))"
+    + (
+      ": it reads and draws pictures as it does words."
+      if learned
+      else ". It has not learned to read or to draw pictures yet: that is what "
+      "stage II is for."
+    ),
+    "",
+    f"A picture of {size}x{size} pixels has {height}x{width} positions with "
+    f"{visual['depth']} codes each ({visual['quantizer']}, "
+    f"{visual['code_dim']} dimensions).",
     "",
   ]
-  if visual:
-    size, (height, width) = visual["image_size"], visual["grid"]
-    lines[0] = (
-      "A language model that reads and draws pictures through its own token "
-      "table, which is also the codebook of its visual tokenizer (UniCode, "
-      "[arXiv 2403.09072](https://arxiv.org/abs/2403.09072)). " + lines[0]
-    )
-    lines[1:1] = [
+  if config.tokenizer.dtype != "float32":
+    lines += [
+      f"The visual tokenizer was trained in {config.tokenizer.dtype}; here it "
+      "computes in float32, and chooses another code now and then.",
       "",
-      f"A picture of {size}x{size} pixels has {height}x{width} positions with "
-      f"{visual['depth']} codes each ({visual['quantizer']}, "
-      f"{visual['code_dim']} dimensions).",
     ]
   return lines
 
@@ -138,6 +160,11 @@ def _training(config, step: int) -> list[str]:
     f"- stage: {config.stage}, {step} steps, seed {config.seed}",
     f"- paradigm of the codebook: {config.codebook.paradigm}",
   ]
+  for key in ("init_from", "llm_from"):
+    if config[key] is not None:
+      lines.append(f"- started from (`{key}`): {config[key]}")
+  if config.instruct.lora_rank and config.stage == "instruct":
+    lines.append(f"- adapters of rank {config.instruct.lora_rank}, merged")
   if data.source == "embedded":
     lines += [f"- data: {_EMBEDDED[name]}" for name in data.embedded]
     lines += [f"- data: {_CONVERSATIONS}"]
@@ -152,29 +179,33 @@ def _training(config, step: int) -> list[str]:
   ]
 
 
-def _evaluation(folder: pathlib.Path, llm: loading.LoadedLlm) -> list[str]:
+def _evaluation(
+  folder: pathlib.Path, llm: loading.LoadedLlm, visual: dict | None
+) -> list[str]:
   """Copies the run's evaluation; returns its headlines."""
   there = llm.workdir / _EVALUATION if llm.workdir else None
   command = "`python -m unicode_jax.evaluate` before exporting"
   if there is None or not (there / "results.json").is_file():
     return [f"Not evaluated: run {command}.", ""]
   results = json.loads((there / "results.json").read_text(encoding="utf-8"))
-  step = results["run"]["step"]
+  step = results.get("run", {}).get("step")
   if step != llm.step:
     logging.warning(
-      "the evaluation in %s is of step %d, not of %d: left out",
+      "the evaluation in %s is of step %s, not of %d: left out",
       *(there, step, llm.step),
     )
     return [f"Not evaluated at this step, {llm.step}: run {command}.", ""]
   shutil.copytree(there, folder / _EVALUATION)
   lines = ["Held-out data, one seed:", "", "| | on | |", "|---|---|---|"]
   for title, (suite, path, form) in _HEADLINES.items():
+    if visual is None and suite != "text":
+      continue  # Of what this folder leaves out.
     entry = results["suites"].get(suite, {}).get("results") or {}
-    for name, values in entry.items():
+    for name, value in entry.items():
       for key in path:
-        values = values.get(key, {})
-      if values != {}:
-        lines.append(f"| {title} | {name} | {form.format(values)} |")
+        value = value.get(key, {}) if isinstance(value, dict) else None
+      if isinstance(value, int | float):
+        lines.append(f"| {title} | {name} | {form.format(value)} |")
   return [
     *lines,
     "",
@@ -189,5 +220,7 @@ def _licence(config, licence: str | None) -> str:
     return f"The weights: {licence}."
   of_data = config.stage != loading.LLM_STAGE
   return "The licence of the weights is for their owner to choose" + (
-    ", who heeds those of the data above." if of_data else "."
+    ", who heeds those of the data above and of the model that it started from."
+    if of_data
+    else "."
   )

@@ -1,8 +1,8 @@
 """UniCode in PyTorch: a language model that reads and draws pictures.
 
 This file belongs to an exported checkpoint and needs nothing but torch,
-transformers, safetensors and Pillow. The checkpoint is a plain one for
-`AutoModelForCausalLM`; with this file the same weights see:
+transformers (with numpy, safetensors and tokenizers) and Pillow. The checkpoint
+is a plain one for `AutoModelForCausalLM`; with this file the same weights see:
 
   path = "DIR"
   processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
@@ -23,9 +23,12 @@ The visual tokenizer computes in float32. Images are [B, 3, H, W] outside, as in
 PyTorch, and [B, H, W, channels] inside.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+import contextlib
 import math
+import os
 
+import numpy as np
 from PIL import Image, ImageOps
 import safetensors.torch
 import tokenizers
@@ -174,7 +177,10 @@ def _decoder(settings: Mapping) -> nn.Sequential:
 
 
 class VisualTokenizer(nn.Module):
-  """Pictures to codes and back.
+  """Pictures to codes and back, in float32 whatever the model is.
+
+  A rounded encoder would choose other codes than those that the language model
+  was trained on.
 
   Attributes:
     table: float32[K, C], what the ids stand for in the space of features.
@@ -197,19 +203,36 @@ class VisualTokenizer(nn.Module):
     self.register_buffer("gain", torch.zeros(self.depth))
     self.register_buffer("valid", torch.zeros(rows, dtype=torch.bool))
 
+  def _apply(self, fn, *args, **kwargs):
+    """Follows the model to a device, but never to another type."""
+
+    def move(tensor):
+      return tensor.to(fn(tensor).device)
+
+    return super()._apply(move, *args, **kwargs)
+
+  @property
+  def depth_weights(self) -> torch.Tensor:
+    """What the language model weighs the rows of a position by, float32[D].
+
+    Rows of later depths are corrections of earlier ones.
+    """
+    return self.gain / self.gain[0]
+
   def encode(self, pixels: torch.Tensor) -> torch.Tensor:
     """Quantizes pictures float32[B, 3, H, W] in [-1, 1].
 
     Returns:
       int64[B, P, D], ids of tokens: of the P positions, row by row.
     """
-    z = self.encoder(pixels.float().movedim(1, -1))
-    total, codes = torch.zeros_like(z), []
-    for d in range(self.depth):
-      residual = self._region(z - total, d) / self.gain[d]
-      codes.append(self._nearest(residual))
-      total = total + self._spread(self.gain[d] * self.table[codes[-1]], d)
-    return torch.stack(codes, -1).flatten(1, 2)
+    with _exact(self.gain.device):
+      z = self.encoder(pixels.float().movedim(1, -1))
+      total, codes = torch.zeros_like(z), []
+      for d in range(self.depth):
+        residual = self._region(z - total, d) / self.gain[d]
+        codes.append(self._nearest(residual))
+        total = total + self._spread(self.gain[d] * self.table[codes[-1]], d)
+      return torch.stack(codes, -1).flatten(1, 2)
 
   def decode(self, codes: torch.Tensor) -> torch.Tensor:
     """Maps codes int64[B, P, D] to pictures float32[B, 3, H, W].
@@ -218,8 +241,9 @@ class VisualTokenizer(nn.Module):
     """
     codes = codes.view(-1, *self.grid, self.depth)
     rows = (self.gain[d] * self.table[codes[..., d]] for d in range(self.depth))
-    total = sum(self._spread(row, d) for d, row in enumerate(rows))
-    return self.decoder(total).movedim(-1, 1)
+    with _exact(self.gain.device):
+      total = sum(self._spread(row, d) for d, row in enumerate(rows))
+      return self.decoder(total).movedim(-1, 1)
 
   def _nearest(self, x):
     """Returns the nearest valid row of each [..., C], the first of equals."""
@@ -270,9 +294,6 @@ class UniCodeForConditionalGeneration(nn.Module):
     self.config = config
     self.language_model = language_model
     self.visual_tokenizer = VisualTokenizer(config.unicode)
-    # Rows of later depths are corrections of earlier ones.
-    weights = torch.ones(config.unicode["depth"])
-    self.register_buffer("depth_weights", weights, persistent=False)
 
   @classmethod
   def from_pretrained(cls, path, *args, config=None, **kwargs):
@@ -297,12 +318,10 @@ class UniCodeForConditionalGeneration(nn.Module):
     model = cls(config, language_model)
     weights = safetensors.torch.load_file(cached_file(path, WEIGHTS, **hub))
     model.visual_tokenizer.load_state_dict(weights)
-    gain = model.visual_tokenizer.gain
-    model.depth_weights.copy_(gain / gain[0])
-    # Where the first layer of the language model is.
+    # Where the first layer of the language model is, unless it is on disk.
     device = language_model.get_input_embeddings().weight.device
-    model.visual_tokenizer.to(device)
-    model.depth_weights = model.depth_weights.to(device)
+    if device.type != "meta":
+      model.visual_tokenizer.to(device)
     return model.eval()
 
   @classmethod
@@ -312,7 +331,7 @@ class UniCodeForConditionalGeneration(nn.Module):
   @property
   def device(self) -> torch.device:
     """Where inputs belong."""
-    return self.depth_weights.device
+    return self.visual_tokenizer.gain.device
 
   @torch.inference_mode()
   def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -353,7 +372,9 @@ class UniCodeForConditionalGeneration(nn.Module):
     if count:
       shifted = codes + self.config.unicode["codes_shift"]
       stacked = torch.einsum(
-        "nde,d->ne", rows(shifted.flatten(0, 1)).float(), self.depth_weights
+        "nde,d->ne",
+        rows(shifted.flatten(0, 1)).float(),
+        self.visual_tokenizer.depth_weights,
       )
       embedded = embedded.masked_scatter(
         at[..., None], stacked.to(embedded.dtype)
@@ -505,6 +526,18 @@ class UniCodeForConditionalGeneration(nn.Module):
     return sorted(never | set(range(settings["text_vocab_size"], rows)))
 
 
+@contextlib.contextmanager
+def _exact(device: torch.device):
+  """Switches off what rounds: autocast, and cuDNN's default of TF32."""
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(torch.autocast(device.type, enabled=False))
+    if device.type == "cuda":
+      stack.enter_context(
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+      )
+    yield
+
+
 def _join(ids, mask, unconditional):
   """Puts unconditional prompts below, all padded on the left."""
   length = max(ids.shape[1], len(unconditional))
@@ -537,6 +570,34 @@ def _choose(logits, temperature, top_k, top_p, generator):
   return torch.multinomial(weights, 1, generator=generator)[:, 0]
 
 
+def _to_rgb(image: Image.Image) -> Image.Image:
+  """Converts any of Pillow's modes to RGB."""
+  if image.mode.startswith(("I", "F")):  # 16 or 32 bits, one channel.
+    values = np.asarray(image, np.float32)
+    if image.mode == "F" and values.max(initial=0.0) <= 1:
+      values = values * 255
+    elif image.mode.startswith("I;16") or values.max(initial=0.0) > 255:
+      values = values / 257
+    values = np.nan_to_num(values).clip(0, 255).round().astype(np.uint8)
+    return Image.fromarray(values).convert("RGB")
+  if "A" in image.getbands() or "transparency" in image.info:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    image = Image.alpha_composite(white, image)
+  return image.convert("RGB")
+
+
+class _Shown:
+  """An image in a prompt.
+
+  Attributes:
+    image: `PIL.Image`, or path.
+  """
+
+  def __init__(self, image):
+    self.image = image
+
+
 class UniCodeProcessor:
   """Makes prompts of texts and images, and texts and images of answers.
 
@@ -548,7 +609,6 @@ class UniCodeProcessor:
   def __init__(self, settings: Mapping, tokenizer: tokenizers.Tokenizer):
     self.settings = settings
     self.tokenizer = tokenizer
-    self.tokenizer.encode_special_tokens = True  # As text, that is.
     self._control = frozenset(settings["control_ids"])
 
   @classmethod
@@ -563,29 +623,39 @@ class UniCodeProcessor:
   def register_for_auto_class(cls, auto_class="AutoProcessor"):
     """Called by transformers; there is nothing to remember."""
 
-  def __call__(self, text, images=None) -> transformers.BatchFeature:
+  def __call__(
+    self, text, images=None, return_tensors: str = "pt"
+  ) -> transformers.BatchFeature:
     """Makes prompts of one question each.
 
     Args:
       text: a question, or several.
-      images: None, or one image for each question, which it is shown before.
+      images: None, or one image for each question, which it is shown before: a
+        `PIL.Image` or a path. Large JPEGs are read as in training only by path.
+      return_tensors: "pt".
 
     Returns:
       "input_ids" and "attention_mask" int64[B, T], padded on the left, and
       "pixel_values" if there are images: arguments of the model.
 
     Raises:
-      ValueError: there is another number of images than of questions.
+      ValueError: there is another number of images than of questions, or other
+        tensors are asked for.
     """
+    if return_tensors != "pt":
+      raise ValueError(f"return_tensors={return_tensors!r}: leave it out")
     texts = [text] if isinstance(text, str) else list(text)
     if images is not None:
-      images = [images] if isinstance(images, Image.Image) else list(images)
+      single = isinstance(images, Image.Image | str | os.PathLike)
+      images = [images] if single else list(images)
       if len(images) != len(texts):
         raise ValueError(
           f"{len(texts)} questions have {len(images)} images: give one each, "
           "or none; apply_chat_template takes any number"
         )
-    shown = [()] * len(texts) if images is None else [(i,) for i in images]
+    shown = [()] * len(texts)
+    if images is not None:
+      shown = [(_Shown(image),) for image in images]
     return self._batch([[(*i, t)] for i, t in zip(shown, texts)])
 
   def apply_chat_template(
@@ -630,15 +700,13 @@ class UniCodeProcessor:
       for part in content:
         if part["type"] == "text":
           parts.append(part["text"])
-        elif part["type"] == "image" and role == "user":
-          image = part["image"]
-          if not isinstance(image, Image.Image):
-            image = Image.open(image)
-          parts.append(image)
+        elif part["type"] == "image" and role == "user" and "image" in part:
+          parts.append(_Shown(part["image"]))
         else:
           raise ValueError(
-            f"a part of the type {part['type']!r} has no place in a message of "
-            f"the role {role!r}: use text, and images of users"
+            f"a part of the type {part['type']!r} with {sorted(part)} has no "
+            f"place in a message of the role {role!r}: use text, and images of "
+            'users, as {"type": "image", "image": a PIL.Image or a path}'
           )
       turns.append(tuple(parts))
     return self._batch([turns])
@@ -675,22 +743,26 @@ class UniCodeProcessor:
       texts.append(text.strip())
     return texts
 
-  def to_pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+  def to_pixels(self, images) -> torch.Tensor:
     """Maps images of any size and mode to float32[B, 3, S, S] in [-1, 1].
 
     Turned as EXIF says, put on white where transparent, and the central square
     resized.
+
+    Args:
+      images: each a `PIL.Image` or a path. Large JPEGs are read as in training
+        only by path: decoded at a fraction of their size.
     """
     size = self.settings["image_size"]
     pixels = []
     for image in images:
-      image = ImageOps.exif_transpose(image)
-      if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+      if not isinstance(image, Image.Image):
+        image = Image.open(image)
+        image.draft(None, (2 * size, 2 * size))
       image = ImageOps.fit(
-        image.convert("RGB"), (size, size), Image.Resampling.BICUBIC
+        _to_rgb(ImageOps.exif_transpose(image)),
+        (size, size),
+        Image.Resampling.BICUBIC,
       )
       values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
       pixels.append(values.view(size, size, 3).movedim(-1, 0))
@@ -714,11 +786,11 @@ class UniCodeProcessor:
     }
     batch = {key: torch.tensor(value) for key, value in batch.items()}
     images = [
-      part
+      part.image
       for turns in conversations
       for parts in turns
       for part in parts
-      if isinstance(part, Image.Image)
+      if isinstance(part, _Shown)
     ]
     if images:
       batch["pixel_values"] = self.to_pixels(images)
@@ -766,6 +838,8 @@ class UniCodeProcessor:
 
   def _encode(self, text: str) -> list[int]:
     """Tokenises text; no id of it is a control token's."""
+    # As text, that is. Copies of a tokenizer forget it.
+    self.tokenizer.encode_special_tokens = True
     encode = self.tokenizer.encode
     ids = []
     for id_ in encode(text, add_special_tokens=False).ids if text else ():

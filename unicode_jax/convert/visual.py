@@ -13,7 +13,7 @@ from flax import traverse_util
 import numpy as np
 import safetensors.numpy
 
-from unicode_jax import loading
+from unicode_jax import encoding, loading
 from unicode_jax.data import sequences, tasks
 
 CODE = "modeling_unicode.py"
@@ -34,7 +34,11 @@ def write(folder: pathlib.Path, loaded: loading.Loaded) -> dict[str, Any]:
 
   Returns:
     What `config.json` needs besides: where the code is, and its settings.
+
+  Raises:
+    ConfigError: its tokenizer was never trained.
   """
+  encoding.check_trained(loaded.variables)
   shutil.copyfile(pathlib.Path(__file__).with_name(CODE), folder / CODE)
   loaded.text_tokenizer.save_plain(folder / TOKENIZER)
   safetensors.numpy.save_file(

@@ -1,13 +1,17 @@
 """Low-rank adapters of the language model (Hu et al., arXiv 2106.09685).
 
 Every matrix of the layers is W + (alpha / rank) A B, of which A and B alone are
-trained: the gradients and moments of the optimizer are a hundredth of the
-model's. The token table, the head and the norms stay as they are.
+trained: the optimizer's moments are a hundredth of the model's. The token
+table, the head and the norms stay as they are.
 
 An adapter has the path of its matrix, and like it a leading axis where layers
 are scanned. The sum is formed before the model runs, so that the model knows
-nothing of adapters and what is merged computes the same.
+nothing of adapters and what is merged computes the same. That costs a copy of
+the matrices during a step, and of their gradients: it is the moments that are
+saved, and the model that is kept from moving far.
 """
+
+import functools
 
 from flax import traverse_util
 import jax
@@ -54,6 +58,31 @@ def merge(params, adapters, scale: float):
     a, b = (added[*path[:-1], name] for name in "ab")
     flat[path] = flat[path] + scale * (a @ b)
   return traverse_util.unflatten_dict(flat)
+
+
+def merge_in_place(params, adapters, scale: float):
+  """Merges adapters for good, matrix by matrix, in the model's own memory.
+
+  Args:
+    params: of `Llama`; its matrices are given up.
+    adapters: of `init_adapters`.
+    scale: alpha / rank.
+
+  Returns:
+    Parameters of `Llama`.
+  """
+  flat = traverse_util.flatten_dict(params)
+  added = traverse_util.flatten_dict(adapters)
+  for path in _matrices(params):
+    a, b = (added[*path[:-1], name] for name in "ab")
+    # One at a time, lest all products are held at once.
+    flat[path] = _add(flat[path], a, b, scale).block_until_ready()
+  return traverse_util.unflatten_dict(flat)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _add(kernel, a, b, scale):
+  return kernel + scale * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _matrices(params):
