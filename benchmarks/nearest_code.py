@@ -19,7 +19,7 @@ beside other work. It was written for CPUs; on a GPU memory is the host's.
 
 import argparse
 import os
-import resource
+import pathlib
 import subprocess
 import sys
 import time
@@ -279,10 +279,19 @@ def _print_memory(name, queries, codes, dim, depth):
   search = PEERS[name](*_data(queries, codes, dim), depth)
   # A first search, smaller, loads and compiles libraries.
   PEERS[name](*_data(64, codes, dim), depth)()
-  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  before = _peak_kilobytes()
   search()
-  after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  print(f"{(after - before) / 1024:.0f}")
+  print(f"{(_peak_kilobytes() - before) / 1024:.0f}")
+
+
+def _peak_kilobytes() -> int:
+  """Returns the peak of resident memory; Linux only.
+
+  Of `getrusage` a process inherits its parent's, which hides its own.
+  """
+  status = pathlib.Path("/proc/self/status").read_text()
+  (line,) = (x for x in status.splitlines() if x.startswith("VmHWM"))
+  return int(line.split()[1])
 
 
 def _measure(names, queries, codes, dim, depth, repeats, patience, memory):

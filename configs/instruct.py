@@ -62,12 +62,13 @@ PRESETS = {
   },
   # SmolLM2-135M-Instruct was trained on ChatML.
   "smollm2": {
-    "num_steps": 1200,
-    "eval_every": 400,
-    "checkpoint_every": 400,
+    "num_steps": 400,
+    "eval_every": 200,
+    "checkpoint_every": 200,
     "data.codes": "auto",
-    "text.sequence_length": 256,
+    "text.sequence_length": 192,
     "instruct.template": "chatml",
+    "instruct.global_batch_size": 4,
     "optimizer.instruct.learning_rate": 2e-4,
   },
   # LLaVA's recipe on Mixed-665K (arXiv 2310.03744) with drawing and

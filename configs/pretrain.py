@@ -68,6 +68,13 @@ PRESETS = {
     "llm.rope_theta": 100000.0,
     "llm.tie_embeddings": True,
     "llm.scan_layers": True,
+    # It knows its language: few steps and small ones, to go on knowing it.
+    "num_steps": 660,
+    "eval_every": 220,
+    "checkpoint_every": 220,
+    "text.global_batch_size": 4,
+    "schedule.llm_steps": 10,
+    "optimizer.llm.learning_rate": 2e-5,
   },
   # The paper's size: a tokenizer of 104 M parameters, LLaMA-7B, 32000 tokens.
   # Name images and tokenizer too: --config.data.path=DIR

@@ -40,8 +40,7 @@ _TOKENIZER = {
   "tokenizer.channel_multipliers": (1,),
   "tokenizer.num_res_blocks": 2,
 }
-# 2048 codes lie dense in six dimensions, which 4x4 pixels of flat shapes need;
-# to draw with such fine codes takes many more steps.
+# What 4x4 pixels of flat shapes need: 2048 codes lie dense in six dimensions.
 _FINER = {"codebook.code_dim": 6}
 # What an LLM that starts from nothing needs to learn fast: tokens that stand
 # out behind the first layer, and sharp attention.
@@ -68,14 +67,13 @@ _STAGE2 = {
   "optimizer.instruct.embedding_factor": 10.0,
   "instruct.questions_per_image": 8,
   "instruct.yes_no_ratio": 3.0,
-  # Between reading and drawing: 0.15 and a share of 0.12 draw blots.
-  "instruct.image_loss_weight": 0.33,
+  "instruct.image_loss_weight": 0.15,
   # Captions name shape and colour, which no single question does; to compare
   # a question with a picture is learned from descriptions first.
-  "instruct.tasks.caption": 0.22,
+  "instruct.tasks.caption": 0.24,
   "instruct.tasks.vqa": 0.42,
   "instruct.tasks.described": 0.14,
-  "instruct.tasks.text_to_image": 0.18,
+  "instruct.tasks.text_to_image": 0.12,
   "instruct.tasks.class_conditional": 0.01,
   "instruct.tasks.unconditional": 0.01,
   "instruct.tasks.decompression": 0.02,

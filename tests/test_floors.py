@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "unicode_jax"
 FLOORS = (
   ("config", "sharding"),
-  ("kernels", "nn"),
+  ("command", "kernels", "nn"),
   ("codebook", "quantizer"),
   ("models",),
   ("data", "training", "sampling"),

@@ -21,7 +21,7 @@ any picture is. With a picture in the middle, or the codes of a drawing in an
 answer, models of the embedded data answer much worse. Nothing is measured here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import os
 import pathlib
@@ -29,10 +29,10 @@ import re
 import sys
 import warnings
 
-from absl import app, flags, logging
+from absl import flags
 import numpy as np
 
-from unicode_jax import config as config_lib
+from unicode_jax import command, config as config_lib
 from unicode_jax.data import sequences, tasks
 
 HELP = (
@@ -311,25 +311,13 @@ def _checked_image(file: str) -> pathlib.Path:
   return path
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> None:
   """Answers the prompt, or what the input says.
-
-  Args:
-    argv: What is left of the command line after flags: the program's name.
-
-  Returns:
-    The exit status.
 
   Raises:
     ConfigError: If a flag's value cannot be used.
   """
-  if len(argv) > 1:
-    raise config_lib.ConfigError(
-      f"unexpected argument {argv[1]!r}: put a prompt of words in quotes"
-    )
   values = flags.FLAGS
-  if not values["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   prompt = values.prompt
   if prompt is not None and not prompt.strip():
     raise config_lib.ConfigError(
@@ -378,7 +366,7 @@ def main(argv: Sequence[str]) -> int:
     chat.show(image)
   if prompt is not None:
     print("\n".join(chat.reply(prompt)))
-    return 0
+    return
   asks = sys.stdin.isatty()
   if asks:
     import readline  # noqa: F401  # pylint: disable=g-import-not-at-top
@@ -390,7 +378,6 @@ def main(argv: Sequence[str]) -> int:
     lambda text: print(text, flush=True),
     lambda text: print(f"error: {text}", file=sys.stderr, flush=True),
   )
-  return 0
 
 
 def _note(text: str) -> None:
@@ -398,7 +385,7 @@ def _note(text: str) -> None:
 
 
 def run() -> None:
-  """Runs the command; exit statuses are those of `unicode_jax.main`."""
+  """Runs the command; exit statuses are those of `unicode_jax.command`."""
   # Defined here, so that another command's flags can be beside them.
   flags.DEFINE_string("workdir", None, "Run folder of stage II.", required=True)
   flags.DEFINE_string("image", None, "Picture to talk about, of any size.")
@@ -429,14 +416,7 @@ def run() -> None:
     2.0,
     "Scale of classifier-free guidance of drawings; 1 is off.",
   )
-  try:
-    app.run(main)
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
+  command.run(main, "drawings that were made are kept")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ Other data than the run's, of the same size (unicode_jax/config.py):
 Writes results.json and report.md to RUN/evaluation, or to --out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import functools
 import pathlib
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from unicode_jax import config as config_lib
+from unicode_jax import command, config as config_lib
 from unicode_jax.evaluation import report
 
 _WORKDIR = flags.DEFINE_string(
@@ -56,21 +55,15 @@ _FEATURES = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
+def main(overrides: Mapping[str, str]) -> None:
   """Loads a run and its data, and evaluates it.
 
   Args:
-    argv: What is left of the command line after flags: the program's name.
     overrides: Values of --config.KEY=VALUE; only data.* may be set.
-
-  Returns:
-    The exit status.
 
   Raises:
     ConfigError: If the run, the data or a flag is of no use.
   """
-  if len(argv) > 1:
-    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
   names = report.parse_suites(_SUITES.value)
   workdir = pathlib.Path(_WORKDIR.value)
   if not (workdir / "config.json").is_file():
@@ -78,8 +71,6 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
       f"{workdir} holds no run (no config.json in it): name the --workdir of a "
       "run of unicode_jax.main"
     )
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)
   # JAX takes seconds to import.
   from unicode_jax import inference  # pylint: disable=g-import-not-at-top
   from unicode_jax.evaluation import bench, suites  # pylint: disable=g-import-not-at-top
@@ -98,20 +89,11 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
     model, data, settings, out, say=functools.partial(print, flush=True)
   )
   print(f"report: {out / report.REPORT}")
-  return 0
 
 
 def run() -> None:
-  """Runs the command; an error of the user's is one line and exit status 2."""
-  try:
-    argv, overrides = config_lib.split_overrides(sys.argv)
-    app.run(functools.partial(main, overrides=overrides), argv=argv)
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("interrupted: suites that were done are kept", file=sys.stderr)
-    sys.exit(130)
+  """Runs the command; exit statuses are those of `unicode_jax.command`."""
+  command.run(main, "suites that were done are kept", overrides=True)
 
 
 if __name__ == "__main__":

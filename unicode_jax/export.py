@@ -9,32 +9,20 @@ model card that says how. `--workdir` is a run of stage I or II, or what
 `unicode_jax.convert` made.
 """
 
-from collections.abc import Sequence
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from unicode_jax import config as config_lib
+from unicode_jax import command
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> None:
   """Exports what the flags name.
-
-  Args:
-    argv: What is left of the command line after flags: the program's name.
-
-  Returns:
-    The exit status.
 
   Raises:
     ConfigError: If a flag names nothing that can be exported.
   """
-  if len(argv) > 1:
-    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
   values = flags.FLAGS
-  if not values["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax import loading
@@ -46,11 +34,10 @@ def main(argv: Sequence[str]) -> int:
     loaded = loading.load_llm(values.workdir, values.step)
   out = exporting.export(loaded, values.out, values.dtype, values.license)
   print(f"exported to {out}")
-  return 0
 
 
 def run() -> None:
-  """Runs the command; exit statuses are those of `unicode_jax.main`."""
+  """Runs the command; exit statuses are those of `unicode_jax.command`."""
   flags.DEFINE_string("workdir", None, "Run folder.", required=True)
   flags.DEFINE_string("out", None, "Folder to make.", required=True)
   flags.DEFINE_integer("step", None, "Which checkpoint; the newest if unset.")
@@ -63,14 +50,7 @@ def run() -> None:
   flags.DEFINE_string(
     "license", None, "Of the weights, for the model card, such as apache-2.0."
   )
-  try:
-    app.run(main)
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("interrupted: nothing was made", file=sys.stderr)
-    sys.exit(130)
+  command.run(main, "nothing was made")
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ import pathlib
 import re
 import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from unicode_jax import config as config_lib
+from unicode_jax import command, config as config_lib
 
 FORMATS = ("grid", "files")
 _MAX_SEED = 2**31 - 1
@@ -47,25 +47,13 @@ class Row:
   question: str
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> None:
   """Draws what the flags ask for.
-
-  Args:
-    argv: What is left of the command line after flags: the program's name.
-
-  Returns:
-    The exit status.
 
   Raises:
     ConfigError: If a flag's value cannot be used.
   """
-  if len(argv) > 1:
-    raise config_lib.ConfigError(
-      f"unexpected argument {argv[1]!r}: put a prompt of words in quotes"
-    )
   values = flags.FLAGS
-  if not values["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   paths = draw(
     values.workdir,
     prompts=values.prompt,
@@ -82,7 +70,6 @@ def main(argv: Sequence[str]) -> int:
   )
   for path in paths:
     print(path)
-  return 0
 
 
 def draw(
@@ -273,7 +260,7 @@ def _font():
 
 
 def run() -> None:
-  """Runs the command; exit statuses are those of `unicode_jax.main`."""
+  """Runs the command; exit statuses are those of `unicode_jax.command`."""
   # Defined here, so that another command's flags can be beside them.
   flags.DEFINE_string("workdir", None, "Run folder of stage II.", required=True)
   flags.DEFINE_multi_string(
@@ -305,14 +292,7 @@ def run() -> None:
   flags.DEFINE_float(
     "guidance", 2.0, "Scale of classifier-free guidance; 1 is off."
   )
-  try:
-    app.run(main)
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("interrupted: nothing was written", file=sys.stderr)
-    sys.exit(130)
+  command.run(main, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,16 @@ The exact config of an earlier run:
 The same command again goes on where the run stopped.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import functools
 import importlib
 import itertools
 import os
 import pathlib
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from unicode_jax import config as config_lib
+from unicode_jax import command, config as config_lib
 from unicode_jax.stages import run_folder
 
 _CONFIG = flags.DEFINE_string(
@@ -41,21 +40,15 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
+def main(overrides: Mapping[str, str]) -> None:
   """Checks the config, then runs its stage.
 
   Args:
-    argv: What is left of the command line after flags: the program's name.
     overrides: Values of --config.KEY=VALUE.
-
-  Returns:
-    The exit status.
 
   Raises:
     ConfigError: If the config cannot run.
   """
-  if len(argv) > 1:
-    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
   links = config_lib.load_links(_CONFIG.value)
   config = next(iter(links.values()))
   file = pathlib.Path(_CONFIG.value.split(".py:")[0])
@@ -68,15 +61,12 @@ def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
   for link in links.values():
     _suites(link)
   _check_order(links, workdir)
-  if not flags.FLAGS["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   if config.platform:
     os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.
   _check_platform(config.platform)
   for name, config in links.items():
     _run_link(name, config, workdir / name)
-  return 0
 
 
 def _check_order(links: Mapping[str, object], workdir: pathlib.Path) -> None:
@@ -144,26 +134,10 @@ def _check_platform(platform: str | None) -> None:
 
 
 def run() -> None:
-  """Runs the command.
-
-  An error of the config is one line and exit status 2; a run that should not go
-  on (collapse, divergence) is one line and exit status 3; Ctrl-C is 130.
-  """
-  try:
-    argv, overrides = config_lib.split_overrides(sys.argv)
-    app.run(functools.partial(main, overrides=overrides), argv=argv)
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print(
-      "interrupted: the same command goes on from the newest checkpoint",
-      file=sys.stderr,
-    )
-    sys.exit(130)
-  except config_lib.RunError as error:
-    print(f"stopped: {error}", file=sys.stderr)
-    sys.exit(3)
+  """Runs the command; exit statuses are those of `unicode_jax.command`."""
+  command.run(
+    main, "the same command goes on from the newest checkpoint", overrides=True
+  )
 
 
 if __name__ == "__main__":

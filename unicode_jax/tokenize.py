@@ -11,41 +11,30 @@ Then train with the same --config.data and --config.data.codes=codes. The same
 command again goes on where this one stopped, or repairs what is damaged.
 """
 
-from collections.abc import Mapping, Sequence
-import functools
+from collections.abc import Mapping
 import os
-import sys
 
-from absl import app, flags, logging
+from absl import flags
 
-from unicode_jax import config as config_lib
+from unicode_jax import command, config as config_lib
 
 
-def main(argv: Sequence[str], overrides: Mapping[str, str]) -> int:
+def main(overrides: Mapping[str, str]) -> None:
   """Encodes what the flags name.
 
   Args:
-    argv: What is left of the command line after flags: the program's name.
     overrides: Values of --config.data.KEY=VALUE.
-
-  Returns:
-    The exit status.
 
   Raises:
     ConfigError: If a flag names nothing that can be used.
   """
-  if len(argv) > 1:
-    raise config_lib.ConfigError(f"unexpected argument {argv[1]!r}")
   values = flags.FLAGS
-  if not values["verbosity"].present:
-    logging.set_verbosity(logging.WARNING)  # what libraries say is not progress
   encode_data_set(
     values.workdir,
     values.out,
     overrides,
     images_per_shard=values.images_per_shard,
   )
-  return 0
 
 
 def encode_data_set(
@@ -103,7 +92,7 @@ def encode_data_set(
 
 
 def run() -> None:
-  """Runs the command; exit statuses are those of `unicode_jax.main`."""
+  """Runs the command; exit statuses are those of `unicode_jax.command`."""
   # Defined here, so that another command's flags can be beside them.
   flags.DEFINE_string(
     "workdir", None, "Run folder of stage I, II or a tokenizer.", required=True
@@ -115,15 +104,7 @@ def run() -> None:
     "Images in one file, by default 8192; an interruption loses at most one.",
     lower_bound=1,
   )
-  try:
-    argv, overrides = config_lib.split_overrides(sys.argv)
-    app.run(functools.partial(main, overrides=overrides), argv=argv)
-  except config_lib.ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-  except KeyboardInterrupt:
-    print("interrupted: the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+  command.run(main, "the same command goes on from here", overrides=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""What every command has around its own work.
+
+Flags are parsed, libraries kept quiet, and errors that a user can mend are said
+in one line. Exit statuses: 0; 2 for a flag, config or file that cannot be used;
+3 for a run that should not go on (collapse, divergence); 130 for Ctrl-C.
+"""
+
+from collections.abc import Callable
+import functools
+import sys
+
+from absl import app, flags, logging
+
+from unicode_jax import config as config_lib
+
+
+def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
+  """Runs a command; does not return.
+
+  Args:
+    main: its work; called without arguments, or with the overrides.
+    interrupted: what Ctrl-C leaves behind, for the user.
+    overrides: whether the command takes --config.KEY=VALUE.
+  """
+  argv = sys.argv
+  try:
+    if overrides:
+      argv, values = config_lib.split_overrides(argv)
+      main = functools.partial(main, values)
+    app.run(functools.partial(_checked, main), argv=argv, flags_parser=_parsed)
+  except config_lib.ConfigError as error:
+    _end(2, f"error: {error}")
+  except config_lib.RunError as error:
+    _end(3, f"stopped: {error}")
+  except KeyboardInterrupt:
+    _end(130, f"interrupted: {interrupted}")
+
+
+def _parsed(argv: list[str]) -> list[str]:
+  """Returns what is not a flag."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    raise config_lib.ConfigError(f"{error} (--help lists the flags)") from None
+
+
+def _checked(main: Callable, argv: list[str]):
+  """Calls a command that takes flags alone."""
+  if len(argv) > 1:
+    raise config_lib.ConfigError(
+      f"unexpected argument {argv[1]!r}: put values of several words in quotes"
+    )
+  if not flags.FLAGS["verbosity"].present:
+    logging.set_verbosity(logging.WARNING)  # What libraries say is no progress.
+  return main()
+
+
+def _end(status: int, message: str) -> None:
+  print(message, file=sys.stderr)
+  sys.exit(status)
