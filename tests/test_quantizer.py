@@ -421,6 +421,7 @@ def test_h5_eight_devices_equal_one():
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "PJRT_NPROC": "64",  # Collectives block threads.
     "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
   }
   done = subprocess.run(

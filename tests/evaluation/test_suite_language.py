@@ -37,3 +37,21 @@ def test_text_before_may_be_gone(tiny, tmp_path):
   assert "gone" in found["before stage II"]["missing"]
   assert found["after stage II"]["perplexity"] > 1
   assert "gone" in (tmp_path / report.REPORT).read_text()
+
+
+def test_text_before_a_second_run_of_stage_two(tiny, evaluated, tmp_path):
+  """Is that of the run of stage I, however many runs lie between."""
+  config = config_lib.apply_overrides(
+    tiny.model.loaded.config, {"init_from": str(tiny.instruct)}
+  )
+  loaded = dataclasses.replace(tiny.model.loaded, config=config)
+  results = suites.evaluate(
+    inference.UniCodeModel(loaded),
+    tiny.data,
+    bench_lib.Settings(suites=("text",)),
+    tmp_path,
+    say=lambda line: None,
+  )
+  found = results["suites"]["text"]["results"]
+  expected = evaluated.found("text")["before stage II"]
+  assert found["before stage II"] == expected

@@ -91,9 +91,7 @@ def test_the_command_takes_a_step_and_other_data(tiny, tmp_path, capsys):
     step=4,
     max_images=8,
   ):
-    assert not evaluate.main(
-      ["evaluate"], {"data.embedded": "easy_vqa", "data.weights": "1"}
-    )
+    evaluate.main({"data.embedded": "easy_vqa", "data.weights": "1"})
   results = report.read(tmp_path / "out")
   assert results["run"]["step"] == 4
   assert set(results["suites"]) == {"decompression"}

@@ -80,6 +80,7 @@ def test_the_same_indices_on_eight_devices(processes):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "PJRT_NPROC": "64",  # Collectives block threads.
     "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
   }
   running = [

@@ -262,7 +262,14 @@ def test_eight_devices_equal_one(tmp_path):
     done = subprocess.run(
       [sys.executable, "-c", code, str(tmp_path / name), str(fsdp)],
       env=os.environ
-      | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(root)},
+      | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        # Collectives block threads: as many as devices are too few, and wait
+        # for each other until XLA gives up.
+        "PJRT_NPROC": "64",
+        "PYTHONPATH": str(root),
+      },
       cwd=root,
       capture_output=True,
       text=True,

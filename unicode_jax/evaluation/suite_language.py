@@ -65,6 +65,14 @@ def _text_sums(
   return nats, int(tokens)
 
 
+def _stage_one(config) -> str:
+  """Returns the run that stage II began from, be it in several runs."""
+  while config.stage == "instruct":
+    start = config.init_from
+    config = loading.read_config(start)
+  return start
+
+
 def text(bench: Bench) -> Outcome:
   """Measures held-out perplexity, after stage II and before it (H10).
 
@@ -85,7 +93,7 @@ def text(bench: Bench) -> Outcome:
   results = {}
   if config.stage == "instruct":
     try:
-      results["before stage II"] = measured(loading.load(config.init_from))
+      results["before stage II"] = measured(loading.load(_stage_one(config)))
     except (config_lib.ConfigError, OSError) as error:
       results["before stage II"] = {"missing": str(error)}
     results["after stage II"] = measured(loaded)
