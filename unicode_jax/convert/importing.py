@@ -4,8 +4,9 @@ The folder holds what every run does: `config.json` (of the stage "llm", which
 nothing trains), a checkpoint with the LLM's parameters, and the text tokenizer.
 So stage I starts from it (`llm_from`), and `export` takes it as it is.
 
-Tensors are read, checked and converted one at a time, in the host's memory; at
-no moment is there a second copy of the model.
+Tensors are read, checked and converted one at a time, into a file that is
+mapped into memory: the only copy that the host must hold is the one that orbax
+makes to write the checkpoint.
 """
 
 import json
@@ -60,12 +61,17 @@ def import_checkpoint(path, out) -> pathlib.Path:
         f"{llama.vocab_size} rows: they do not belong together"
       )
     (work / "config.json").write_text(config_lib.to_json(config))
-    params = read_parameters(reader, entries, llama, gguf)
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    scratch = work / "parameters"
+    params = read_parameters(reader, entries, llama, scratch, gguf)
+    # Compressing weights saves a twelfth, and takes the model's memory again.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    with ocp.Checkpointer(handler) as checkpointer:
       checkpointer.save(
         (work / "checkpoints" / "0" / "state").absolute(),
         args=ocp.args.PyTreeSave({"variables": {"params": {"llm": params}}}),
       )
+    del params
+    scratch.unlink()
   logging.info("imported %s to %s", path, out)
   return out
 
@@ -74,6 +80,7 @@ def read_parameters(
   reader: readers.Reader,
   entries: list[names.Entry],
   llama: llama_lib.LlamaConfig,
+  scratch: pathlib.Path,
   gguf: bool = False,
 ) -> dict:
   """Reads all parameters, one at a time.
@@ -82,21 +89,27 @@ def read_parameters(
     reader: the checkpoint.
     entries: of `names.table`, checked.
     llama: the model.
+    scratch: file to keep them in, of the model's size in float32.
     gguf: whether it is GGUF.
 
   Returns:
-    Parameters of the unrolled `Llama`, float32, in the host's memory.
+    Parameters of the unrolled `Llama`, float32, mapped from that file.
   """
   heads = {"attn_q": llama.num_heads, "attn_k": llama.num_kv_heads}
-  params = {}
-  for entry in entries:
+  sizes = [int(np.prod(entry.shape)) for entry in entries]
+  kept = np.memmap(scratch, np.float32, "w+", shape=(sum(sizes),))
+  params, end = {}, 0
+  for entry, size in zip(entries, sizes, strict=True):
     value = np.asarray(reader.read(entry.key), np.float32)
     kind = entry.key.split(".")[-2]
     if gguf and kind in heads:
       value = names.unpermuted(value, heads[kind])
     if entry.transposed:
-      value = np.ascontiguousarray(value.T)
-    params[entry.path] = value
+      value = value.T
+    begin, end = end, end + size
+    place = np.asarray(kept[begin:end]).reshape(value.shape)
+    place[...] = value
+    params[entry.path] = place
   return traverse_util.unflatten_dict(params, sep="/")
 
 
