@@ -342,13 +342,23 @@ def _measure(names, queries, codes, dim, depth, repeats, patience, memory):
 
 def main():
   """Times every peer and prints the table."""
-  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--queries", type=int, nargs="+", default=[4096])
-  parser.add_argument("--codes", type=int, default=32000)
-  parser.add_argument("--dims", type=int, nargs="+", default=[256])
-  parser.add_argument("--depth", type=int, default=1)
-  parser.add_argument("--repeats", type=int, default=7)
-  parser.add_argument("--patience", type=float, default=20.0)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--queries", type=int, nargs="+", default=[4096], help="N, several sizes"
+  )
+  parser.add_argument("--codes", type=int, default=32000, help="K")
+  parser.add_argument(
+    "--dims", type=int, nargs="+", default=[256], help="C, several sizes"
+  )
+  parser.add_argument("--depth", type=int, default=1, help="codes a query")
+  parser.add_argument(
+    "--repeats", type=int, default=7, help="of each, in turns"
+  )
+  parser.add_argument(
+    "--patience", type=float, default=20.0, help="seconds, see above"
+  )
   parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
   parser.add_argument("--no-memory", dest="memory", action="store_false")
   parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ import transformers
 
 from configs import instruct as instruct_config
 from unicode_jax import config as config_lib, inference, loading, sampling
-from unicode_jax.convert import exporting, modeling_unicode
+from unicode_jax.convert import exporting, importing, modeling_unicode
 from unicode_jax.data import sequences, tasks, text_tokenizer
 
 SMALL = {
@@ -261,7 +261,7 @@ def test_prompts(pair):
 
 
 def test_wrong_use_is_said(pair):
-  _, processor, theirs = pair
+  ours, processor, theirs = pair
   image = Image.fromarray(pictures(1)[0])
   with pytest.raises(ValueError, match="2 questions have 1 images"):
     processor(["a", "b"], images=image)
@@ -278,6 +278,17 @@ def test_wrong_use_is_said(pair):
   ):
     with pytest.raises(ValueError, match=match):
       processor.apply_chat_template(messages)
+  with pytest.raises(ValueError, match="an image is a ndarray"):
+    processor("a", images=pictures(1))
+  with pytest.raises(ValueError, match=r"\[1, 3, 8, 8\], not"):
+    theirs.encode(torch.zeros(1, 3, 8, 8))
+  count, depth = theirs.visual_tokenizer.table.shape[0], ours.loaded.model.depth
+  good = ours.encode(pictures(1))
+  for codes in (good[:, 1:], np.full_like(good, -1), np.full_like(good, count)):
+    with pytest.raises(ValueError, match=rf"\d+, {depth}\], or not all in"):
+      theirs.decode(torch.tensor(codes))
+  with pytest.raises(ValueError, match="no captions"):
+    processor.drawing([])
   with pytest.raises(ValueError, match="tokenize=False"):
     processor.apply_chat_template(
       [{"role": "user", "content": "x"}], tokenize=False
@@ -427,6 +438,17 @@ def test_a_run_of_stage_one_shows_codes_alone(stage_one, tmp_path):
   with pytest.raises(config_lib.ConfigError, match="no gains yet"):
     exporting.export(untrained, tmp_path / "untrained")
   assert not (tmp_path / "untrained").exists()
+
+
+def test_what_comes_back_and_what_cannot_be_made(tokenizer, tmp_path, caplog):
+  folder = exporting.export(make(tokenizer, {}).loaded, tmp_path / "out")
+  modes = {path.stat().st_mode for path in folder.iterdir() if path.is_file()}
+  assert len(modes) == 1  # Whoever may read one file may read all.
+  importing.import_checkpoint(folder, tmp_path / "run")
+  assert "visual tokenizer, which is not imported" in caplog.text
+  (tmp_path / "file").write_text("")
+  with pytest.raises(config_lib.ConfigError, match="cannot be made"):
+    importing.import_checkpoint(folder, tmp_path / "file" / "run")
 
 
 def test_a_projector_stays_behind(tokenizer, tmp_path, caplog):

@@ -25,7 +25,12 @@ def new(out: str | os.PathLike[str]) -> pathlib.Path:
 def filled(out: pathlib.Path) -> Iterator[pathlib.Path]:
   """Yields a folder to fill, which becomes `out` unless an error is raised."""
   work = out.with_name(f".{out.name}.{os.getpid()}")
-  work.mkdir(parents=True)
+  try:
+    work.mkdir(parents=True)
+  except OSError as error:
+    raise config_lib.ConfigError(
+      f"--out={out} cannot be made ({error.strerror}): name another"
+    ) from None
   try:
     yield work
     work.rename(out)

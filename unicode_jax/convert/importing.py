@@ -23,6 +23,9 @@ from unicode_jax.convert import architectures, folders, names, readers
 from unicode_jax.data import text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import llama as llama_lib
 
+# What an export of ours has besides a language model.
+_VISUAL = "visual_tokenizer.safetensors"
+
 
 def import_checkpoint(path, out) -> pathlib.Path:
   """Imports a Hugging Face folder or a GGUF file.
@@ -72,6 +75,12 @@ def import_checkpoint(path, out) -> pathlib.Path:
       )
     del params
     scratch.unlink()
+  if (path / _VISUAL).is_file():
+    logging.warning(
+      "%s also has a visual tokenizer, which is not imported: of what `export` "
+      "wrote, the language model alone comes back",
+      path,
+    )
   logging.info("imported %s to %s", path, out)
   return out
 

@@ -38,6 +38,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(path)
 tokenizer = AutoTokenizer.from_pretrained(path)
+prompt = tokenizer.apply_chat_template(
+  [{"role": "user", "content": "hello"}],
+  add_generation_prompt=True,
+  return_tensors="pt",
+)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0]))
 ```
 """
 _USE_VISUAL = """\
@@ -63,6 +69,7 @@ inputs = processor("what is in the image?", images=Image.open("x.png"))
 print(processor.decode(model.generate(**inputs)))
 
 inputs = processor.drawing(["rooster", "a blue circle"])
+# draw also takes guidance, temperature, top_k, top_p and a torch.Generator.
 for i, picture in enumerate(processor.to_images(model.draw(**inputs))):
   picture.save(f"drawn_{i}.png")
 ```
@@ -162,7 +169,9 @@ def _training(config, step: int) -> list[str]:
   ]
   for key in ("init_from", "llm_from"):
     if config[key] is not None:
-      lines.append(f"- started from (`{key}`): {config[key]}")
+      start = pathlib.Path(config[key])
+      shown = "/".join(start.parts[-2:])  # No path of somebody's machine.
+      lines.append(f"- started from (`{key}`): {shown}")
   if config.instruct.lora_rank and config.stage == "instruct":
     lines.append(f"- adapters of rank {config.instruct.lora_rank}, merged")
   if data.source == "embedded":

@@ -196,7 +196,7 @@ class VisualTokenizer(nn.Module):
     """
     super().__init__()
     self.quantizer, self.depth = settings["quantizer"], settings["depth"]
-    self.grid = tuple(settings["grid"])
+    self.image_size, self.grid = settings["image_size"], settings["grid"]
     rows = settings["num_codes"]
     self.encoder, self.decoder = _encoder(settings), _decoder(settings)
     self.register_buffer("table", torch.zeros(rows, settings["code_dim"]))
@@ -224,7 +224,15 @@ class VisualTokenizer(nn.Module):
 
     Returns:
       int64[B, P, D], ids of tokens: of the P positions, row by row.
+
+    Raises:
+      ValueError: pictures of another size.
     """
+    if pixels.shape[1:] != (3, self.image_size, self.image_size):
+      raise ValueError(
+        f"pixels are {list(pixels.shape)}, not [B, 3, {self.image_size}, "
+        f"{self.image_size}]: make them with the processor's to_pixels"
+      )
     with _exact(self.gain.device):
       z = self.encoder(pixels.float().movedim(1, -1))
       total, codes = torch.zeros_like(z), []
@@ -237,9 +245,17 @@ class VisualTokenizer(nn.Module):
   def decode(self, codes: torch.Tensor) -> torch.Tensor:
     """Maps codes int64[B, P, D] to pictures float32[B, 3, H, W].
 
-    They may leave [-1, 1] a little.
+    They may leave [-1, 1] a little. Raises ValueError on other codes.
     """
-    codes = codes.view(-1, *self.grid, self.depth)
+    positions = math.prod(self.grid)
+    if codes.shape[1:] != (positions, self.depth) or (
+      codes.numel() and not 0 <= codes.min() <= codes.max() < len(self.valid)
+    ):
+      raise ValueError(
+        f"codes are {list(codes.shape)}, not [B, {positions}, {self.depth}], "
+        f"or not all in 0..{len(self.valid) - 1}"
+      )
+    codes = codes.reshape(-1, *self.grid, self.depth)
     rows = (self.gain[d] * self.table[codes[..., d]] for d in range(self.depth))
     with _exact(self.gain.device):
       total = sum(self._spread(row, d) for d, row in enumerate(rows))
@@ -445,7 +461,18 @@ class UniCodeForConditionalGeneration(nn.Module):
     unconditional_ids: torch.Tensor,
     **kwargs,
   ) -> torch.Tensor:
-    """Draws pictures: `draw_codes`, decoded; float32[B, 3, H, W]."""
+    """Draws pictures.
+
+    Args:
+      input_ids: as for `draw_codes`.
+      attention_mask: as for `draw_codes`.
+      unconditional_ids: as for `draw_codes`.
+      **kwargs: of `draw_codes`: guidance (2.0), temperature (1.0), top_k (0),
+        top_p (0.95) and generator.
+
+    Returns:
+      float32[B, 3, H, W], in [-1, 1] or a little outside.
+    """
     return self.visual_tokenizer.decode(
       self.draw_codes(input_ids, attention_mask, unconditional_ids, **kwargs)
     )
@@ -587,6 +614,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   return image.convert("RGB")
 
 
+def _listed(images) -> list:
+  """Returns images as a list; raises ValueError on what is none."""
+  kinds = (Image.Image, str, os.PathLike)
+  images = [images] if isinstance(images, kinds) else list(images)
+  for image in images:
+    if not isinstance(image, kinds):
+      raise ValueError(
+        f"an image is a {type(image).__name__}: give a PIL.Image, as by "
+        "Image.fromarray, or a path"
+      )
+  return images
+
+
 class _Shown:
   """An image in a prompt.
 
@@ -646,8 +686,7 @@ class UniCodeProcessor:
       raise ValueError(f"return_tensors={return_tensors!r}: leave it out")
     texts = [text] if isinstance(text, str) else list(text)
     if images is not None:
-      single = isinstance(images, Image.Image | str | os.PathLike)
-      images = [images] if single else list(images)
+      images = _listed(images)
       if len(images) != len(texts):
         raise ValueError(
           f"{len(texts)} questions have {len(images)} images: give one each, "
@@ -722,6 +761,8 @@ class UniCodeProcessor:
     """
     if captions is None or isinstance(captions, str):
       captions = [captions]
+    if not captions:
+      raise ValueError("there are no captions: name one, or None for any")
     free = self.settings["unconditional"]
     asked = self.settings["text_to_image"]
     questions = [
@@ -750,12 +791,12 @@ class UniCodeProcessor:
     resized.
 
     Args:
-      images: each a `PIL.Image` or a path. Large JPEGs are read as in training
-        only by path: decoded at a fraction of their size.
+      images: `PIL.Image`s or paths, one or several. Large JPEGs are read as in
+        training only by path: decoded at a fraction of their size.
     """
     size = self.settings["image_size"]
     pixels = []
-    for image in images:
+    for image in _listed(images):
       if not isinstance(image, Image.Image):
         image = Image.open(image)
         image.draft(None, (2 * size, 2 * size))

@@ -41,8 +41,9 @@ def write(folder: pathlib.Path, loaded: loading.Loaded) -> dict[str, Any]:
   encoding.check_trained(loaded.variables)
   shutil.copyfile(pathlib.Path(__file__).with_name(CODE), folder / CODE)
   loaded.text_tokenizer.save_plain(folder / TOKENIZER)
-  safetensors.numpy.save_file(
-    weights(loaded), folder / WEIGHTS, metadata={"format": "pt"}
+  # Its `save_file` makes files that their owner alone can read.
+  (folder / WEIGHTS).write_bytes(
+    safetensors.numpy.save(weights(loaded), metadata={"format": "pt"})
   )
   module = CODE.removesuffix(".py")
   auto_map = {auto: f"{module}.{name}" for auto, name in _CLASSES.items()}

@@ -65,13 +65,15 @@ def nearest_code(
   `check_vma=False`.
 
   Args:
-    z: float32[N, C] or bfloat16[N, C], the queries.
-    codebook: float32[K, C] or bfloat16[K, C].
+    z: float32[N, C] or bfloat16[N, C], the queries; other types are rounded to
+      float32.
+    codebook: float32[K, C] or bfloat16[K, C]; likewise.
     valid: bool[K], True where a code may be chosen; None permits all.
     precision: "exact" ranks as float32 products do, "fast" by products of
       bfloat16 operands summed in float32, which changes some of the choices.
-    backend: a name in `BACKENDS`; "auto" takes the kernel on TPUs, and plain
-      XLA elsewhere, on GPUs too: their kernel was never timed.
+    backend: "auto", "xla", "pallas_tpu" or "pallas_gpu" (on such devices only);
+      "auto" takes the kernel on TPUs, and plain XLA elsewhere, on GPUs too:
+      their kernel was never timed.
 
   Returns:
     A `NearestCode` of N entries.
@@ -87,8 +89,10 @@ def nearest_code(
       f"z{list(z.shape)} and codebook{list(codebook.shape)} must be [N, C] "
       "and [K, C] with the same C: flatten the positions first."
     )
-  if not codebook.shape[0]:
-    raise ValueError("The codebook has no rows: it needs at least one.")
+  if not codebook.size:
+    raise ValueError(
+      f"codebook{list(codebook.shape)} is empty: it needs a row and a column."
+    )
   if precision not in ("exact", "fast"):
     raise ValueError(
       f'precision={precision!r} is unknown: use "exact" or "fast".'
