@@ -309,7 +309,8 @@ def test_never_builds_the_whole_matrix():
   [
     ((np.ones((2, 3)), np.ones((4, 5))), {}, "same C"),
     ((np.ones((2, 2, 3)), np.ones((4, 3))), {}, "flatten"),
-    ((np.ones((2, 3)), np.ones((0, 3))), {}, "no rows"),
+    ((np.ones((2, 3)), np.ones((0, 3))), {}, "is empty"),
+    ((np.ones((2, 0)), np.ones((4, 0))), {}, "is empty"),
     ((np.ones((2, 3)), np.ones((4, 3))), {"valid": np.ones(3, bool)}, r"l\[4"),
     ((np.ones((2, 3)), np.ones((4, 3))), {"valid": np.ones(4)}, "float64"),
     ((np.ones((2, 3)), np.ones((4, 3))), {"precision": "half"}, "half"),
