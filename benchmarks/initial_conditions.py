@@ -32,13 +32,8 @@ import numpy as np
 from configs import pretrain as pretrain_config
 from unicode_jax import codebook as codebook_lib, config as config_lib, loading
 from unicode_jax.data import pipeline
-from unicode_jax.stages import runner
-from unicode_jax.training import (
-  optimizer as optimizer_lib,
-  reconstruction_loss,
-  state as state_lib,
-  steps as steps_lib,
-)
+from unicode_jax.stages import runner, tokenizer as tokenizer_stage
+from unicode_jax.training import reconstruction_loss
 
 MARK = "<!-- tables: benchmarks/initial_conditions.py -->"
 # Name -> paradigm, projection.
@@ -61,11 +56,12 @@ def _measure(model, variables, images):
   }
 
 
-def run(config, embedding, valid, images, args) -> dict[str, dict]:
+def run(config, data, embedding, valid, images, args) -> dict[str, dict]:
   """Trains a short while.
 
   Args:
     config: Resolved ConfigDict of stage I.
+    data: what it names.
     embedding: float32[K, E], the language model's table.
     valid: bool[K].
     images: uint8[N, S, S, 3], training pictures in random order.
@@ -74,43 +70,17 @@ def run(config, embedding, valid, images, args) -> dict[str, dict]:
   Returns:
     What `_measure` finds "before" and "after", and "seconds" of training.
   """
+  # No step of this run has an LLM: its table is what it is.
   model = loading.build_model(config)
-  variables = model.init(
+  stage = tokenizer_stage.TokenizerStage(config, data, model, valid.copy())
+  step = jax.jit(stage.phases["tokenizer"].step, donate_argnums=0)
+  state = stage.init(
     jax.random.key(config.seed),
-    jnp.array(valid),  # Copies, for steps take what they are given.
+    # A copy, for steps take what they are given.
     {"llm": {"embed_tokens": {"embedding": jnp.array(embedding)}}},
   )
-  # No step of this run has an LLM: its table is what it is.
-  optimizer = optimizer_lib.make_optimizer(
-    optimizer_lib.OptimizerConfig(**config.optimizer.tokenizer), args.steps
-  )
-  trained = ("encoder", "decoder", "codebook")
-  loss = config.tokenizer.loss
-  step = steps_lib.make_tokenizer_step(
-    model,
-    steps_lib.LossConfig(
-      l1=loss.l1,
-      l2=loss.l2,
-      commitment=loss.commitment,
-      codebook=loss.codebook,
-      perceptual=0.0,
-      depth_dropout=config.tokenizer.depth_dropout,
-    ),
-    optimizer,
-    trained=trained,
-    opt_name="tokenizer",
-  )
-  step = jax.jit(step, donate_argnums=0)
-  groups = {name: variables.params[name] for name in trained}
-  state = state_lib.TrainState(
-    step=jnp.zeros((), jnp.int32),
-    rng=jax.random.key_data(jax.random.key(config.seed)),
-    variables=variables,
-    discriminator={},
-    opt_state={"tokenizer": optimizer.init(groups)},
-  )
   shown = pipeline.to_float(images[: args.images])
-  found = {"before": jax.device_get(_measure(model, variables, shown))}
+  found = {"before": jax.device_get(_measure(model, state.variables, shown))}
   start, size = time.perf_counter(), config.data.global_batch_size
   for i in range(args.steps):
     rows = np.arange(i * size, (i + 1) * size) % len(images)
@@ -227,6 +197,7 @@ def main() -> None:
         if key in rows:
           continue
         overrides = {
+          "num_steps": args.steps,
           "codebook.code_dim": dim,
           "codebook.paradigm": paradigm,
           "codebook.projection": projection,
@@ -234,7 +205,7 @@ def main() -> None:
         }
         found = run(
           config_lib.apply_overrides(config, overrides),
-          *(embedding, valid, images, args),
+          *(data, embedding, valid, images, args),
         )
         rows[key] = jax.tree.map(lambda x: np.asarray(x).tolist(), found)
         after = rows[key]["after"]

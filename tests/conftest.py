@@ -9,6 +9,7 @@ programs as they ship, in twice the time: `XLA_FLAGS= python -m pytest`.
 import dataclasses
 import os
 import pathlib
+import sys
 import tempfile
 from typing import Any, NamedTuple
 
@@ -78,6 +79,23 @@ def stage_one(tmp_path_factory):
     until_step=4,
   )
   return workdir, stage, state
+
+
+@pytest.fixture(scope="session")
+def host_devices():
+  """Returns a function: the environment of a process with n CPU devices."""
+
+  def environment(count: int) -> dict[str, str]:
+    return os.environ | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+      # Collectives block threads: as many as devices are too few, and wait for
+      # each other until XLA gives up.
+      "PJRT_NPROC": "64",
+      "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+
+  return environment
 
 
 class TinyRun(NamedTuple):

@@ -1,6 +1,5 @@
 """Quantizers against numpy, vector-quantize-pytorch and hand computation."""
 
-import os
 import subprocess
 import sys
 
@@ -417,16 +416,10 @@ for kind, depth in (('rq', 2), ('hq', 5)):
 """
 
 
-def test_h5_eight_devices_equal_one():
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PJRT_NPROC": "64",  # Collectives block threads.
-    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-  }
+def test_h5_eight_devices_equal_one(host_devices):
   done = subprocess.run(
     [sys.executable, "-c", _EIGHT_DEVICES],
-    env=environment,
+    env=host_devices(8),
     capture_output=True,
     text=True,
     check=False,

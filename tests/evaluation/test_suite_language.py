@@ -21,19 +21,24 @@ def test_text_perplexity_is_the_runs_own(tiny, evaluated):
   assert str(tiny.pretrain) in before["run"]
 
 
-def test_text_before_may_be_gone(tiny, tmp_path):
+def found_from(tiny, init_from, out):
+  """Returns the suite's results of the run, had it started there."""
   config = config_lib.apply_overrides(
-    tiny.model.loaded.config, {"init_from": str(tmp_path / "gone")}
+    tiny.model.loaded.config, {"init_from": str(init_from)}
   )
   loaded = dataclasses.replace(tiny.model.loaded, config=config)
   results = suites.evaluate(
     inference.UniCodeModel(loaded),
     tiny.data,
     bench_lib.Settings(suites=("text",)),
-    tmp_path,
+    out,
     say=lambda line: None,
   )
-  found = results["suites"]["text"]["results"]
+  return results["suites"]["text"]["results"]
+
+
+def test_text_before_may_be_gone(tiny, tmp_path):
+  found = found_from(tiny, tmp_path / "gone", tmp_path)
   assert "gone" in found["before stage II"]["missing"]
   assert found["after stage II"]["perplexity"] > 1
   assert "gone" in (tmp_path / report.REPORT).read_text()
@@ -41,17 +46,6 @@ def test_text_before_may_be_gone(tiny, tmp_path):
 
 def test_text_before_a_second_run_of_stage_two(tiny, evaluated, tmp_path):
   """Is that of the run of stage I, however many runs lie between."""
-  config = config_lib.apply_overrides(
-    tiny.model.loaded.config, {"init_from": str(tiny.instruct)}
-  )
-  loaded = dataclasses.replace(tiny.model.loaded, config=config)
-  results = suites.evaluate(
-    inference.UniCodeModel(loaded),
-    tiny.data,
-    bench_lib.Settings(suites=("text",)),
-    tmp_path,
-    say=lambda line: None,
-  )
-  found = results["suites"]["text"]["results"]
+  found = found_from(tiny, tiny.instruct, tmp_path)
   expected = evaluated.found("text")["before stage II"]
   assert found["before stage II"] == expected

@@ -1,6 +1,5 @@
 """The search split over devices and processes, against a single device."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -72,21 +71,14 @@ assert split == 5, split
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_same_indices_on_eight_devices(processes):
+def test_the_same_indices_on_eight_devices(processes, host_devices):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  devices = 8 // processes
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    "PJRT_NPROC": "64",  # Collectives block threads.
-    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-  }
   running = [
     subprocess.Popen(
       [sys.executable, "-c", _SEARCH, *map(str, (processes, number, port))],
-      env=environment,
+      env=host_devices(8 // processes),
       stderr=subprocess.PIPE,
       text=True,
     )

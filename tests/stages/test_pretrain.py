@@ -1,7 +1,6 @@
 """Stage I on real data at toy size: what each paradigm may and may not move."""
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -244,7 +243,7 @@ def test_dual_keeps_a_round_that_the_end_cuts_short(tmp_path):
   assert (tables[0] != tables[1])[stage.valid].any()
 
 
-def test_eight_devices_equal_one(tmp_path):
+def test_eight_devices_equal_one(tmp_path, host_devices):
   """Batches split over 8 devices and parameters over 4: the same training."""
   code = (
     "import pathlib, sys\n"
@@ -258,18 +257,9 @@ def test_eight_devices_equal_one(tmp_path):
   )
   root = pathlib.Path(__file__).parents[2]
   for name, devices, fsdp in (("one", 1, 1), ("eight", 8, 4)):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     done = subprocess.run(
       [sys.executable, "-c", code, str(tmp_path / name), str(fsdp)],
-      env=os.environ
-      | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": flags,
-        # Collectives block threads: as many as devices are too few, and wait
-        # for each other until XLA gives up.
-        "PJRT_NPROC": "64",
-        "PYTHONPATH": str(root),
-      },
+      env=host_devices(devices),
       cwd=root,
       capture_output=True,
       text=True,

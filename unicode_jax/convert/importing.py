@@ -19,12 +19,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from unicode_jax import config as config_lib, loading
-from unicode_jax.convert import architectures, folders, names, readers
+from unicode_jax.convert import (
+  architectures,
+  folders,
+  names,
+  readers,
+  visual,
+)
 from unicode_jax.data import text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import llama as llama_lib
-
-# What an export of ours has besides a language model.
-_VISUAL = "visual_tokenizer.safetensors"
 
 
 def import_checkpoint(path, out) -> pathlib.Path:
@@ -75,7 +78,7 @@ def import_checkpoint(path, out) -> pathlib.Path:
       )
     del params
     scratch.unlink()
-  if (path / _VISUAL).is_file():
+  if (path / visual.WEIGHTS).is_file():
     logging.warning(
       "%s also has a visual tokenizer, which is not imported: of what `export` "
       "wrote, the language model alone comes back",

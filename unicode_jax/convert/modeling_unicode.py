@@ -50,6 +50,11 @@ _HUB = (
 _ROWS = 4096  # Of features that are compared with the codebook at a time.
 
 
+def _hub(kwargs: Mapping) -> dict:
+  """Picks what is for the hub."""
+  return {key: kwargs[key] for key in _HUB if key in kwargs}
+
+
 class Norm(nn.GroupNorm):
   """Group normalisation of the last axis, 16 channels a group."""
 
@@ -203,6 +208,11 @@ class VisualTokenizer(nn.Module):
     self.register_buffer("gain", torch.zeros(self.depth))
     self.register_buffer("valid", torch.zeros(rows, dtype=torch.bool))
 
+  @property
+  def num_positions(self) -> int:
+    """P, positions of a picture."""
+    return math.prod(self.grid)
+
   def _apply(self, fn, *args, **kwargs):
     """Follows the model to a device, but never to another type."""
 
@@ -247,13 +257,12 @@ class VisualTokenizer(nn.Module):
 
     They may leave [-1, 1] a little. Raises ValueError on other codes.
     """
-    positions = math.prod(self.grid)
-    if codes.shape[1:] != (positions, self.depth) or (
+    if codes.shape[1:] != (self.num_positions, self.depth) or (
       codes.numel() and not 0 <= codes.min() <= codes.max() < len(self.valid)
     ):
       raise ValueError(
-        f"codes are {list(codes.shape)}, not [B, {positions}, {self.depth}], "
-        f"or not all in 0..{len(self.valid) - 1}"
+        f"codes are {list(codes.shape)}, not [B, {self.num_positions}, "
+        f"{self.depth}], or not all in 0..{len(self.valid) - 1}"
       )
     codes = codes.reshape(-1, *self.grid, self.depth)
     rows = (self.gain[d] * self.table[codes[..., d]] for d in range(self.depth))
@@ -324,7 +333,7 @@ class UniCodeForConditionalGeneration(nn.Module):
     Returns:
       The model, for inference.
     """
-    hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+    hub = _hub(kwargs)
     kwargs.pop("trust_remote_code", None)
     if config is None:
       config = transformers.AutoConfig.from_pretrained(path, **hub)
@@ -506,17 +515,16 @@ class UniCodeForConditionalGeneration(nn.Module):
     Returns:
       int64[B, P, D].
     """
-    settings = self.config.unicode
-    batch, shift = len(input_ids), settings["codes_shift"]
+    eyes, shift = self.visual_tokenizer, self.config.unicode["codes_shift"]
     ids, mask = input_ids, attention_mask
     if guidance != 1:
       ids, mask = _join(ids, mask, unconditional_ids)
-    allowed = self.visual_tokenizer.valid
+    rows, embedded = self.language_model.get_input_embeddings(), self.embed(ids)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     cache, codes = None, []
-    for _ in range(self.visual_tokenizer.depth * math.prod(settings["grid"])):
+    for _ in range(eyes.num_positions * eyes.depth):
       out = self.language_model(
-        inputs_embeds=self.embed(ids),
+        inputs_embeds=embedded,
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
@@ -527,16 +535,16 @@ class UniCodeForConditionalGeneration(nn.Module):
       if guidance != 1:
         given, free = logits.chunk(2)
         logits = free + guidance * (given - free)
-      logits = logits[:, shift : shift + len(allowed)]
-      logits = logits.masked_fill(~allowed, -math.inf)
+      logits = logits[:, shift : shift + len(eyes.valid)]
+      logits = logits.masked_fill(~eyes.valid, -math.inf)
       code = _choose(logits, temperature, top_k, top_p, generator)
       codes.append(code)
-      ids = (code + shift)[:, None].repeat(len(mask) // batch, 1)
+      said = (code + shift)[:, None]
+      embedded = rows(said.repeat(len(mask) // len(said), 1))
       mask = functional.pad(mask, (0, 1), value=1)
       positions = positions[:, -1:] + 1
-    return torch.stack(codes, 1).view(
-      batch, math.prod(settings["grid"]), settings["depth"]
-    )
+    codes = torch.stack(codes, 1)
+    return codes.view(-1, eyes.num_positions, eyes.depth)
 
   def _embed(self, input_ids, pixel_values, codes):
     if codes is None and pixel_values is not None:
@@ -654,7 +662,7 @@ class UniCodeProcessor:
   @classmethod
   def from_pretrained(cls, path, **kwargs):
     """Loads what an exported checkpoint has of it, by folder or hub name."""
-    hub = {key: kwargs[key] for key in _HUB if key in kwargs}
+    hub = _hub(kwargs)
     config = transformers.AutoConfig.from_pretrained(path, **hub)
     file = cached_file(path, TOKENIZER, **hub)
     return cls(config.unicode, tokenizers.Tokenizer.from_file(file))

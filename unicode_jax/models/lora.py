@@ -52,12 +52,7 @@ def merge(params, adapters, scale: float):
   Returns:
     Parameters of `Llama`; differentiable in both.
   """
-  flat = traverse_util.flatten_dict(params)
-  added = traverse_util.flatten_dict(adapters)
-  for path in _matrices(params):
-    a, b = (added[*path[:-1], name] for name in "ab")
-    flat[path] = flat[path] + scale * (a @ b)
-  return traverse_util.unflatten_dict(flat)
+  return _changed(params, adapters, lambda w, a, b: w + scale * (a @ b))
 
 
 def merge_in_place(params, adapters, scale: float):
@@ -71,12 +66,21 @@ def merge_in_place(params, adapters, scale: float):
   Returns:
     Parameters of `Llama`.
   """
+  # One at a time, lest all products are held at once.
+  return _changed(
+    params,
+    adapters,
+    lambda w, a, b: _add(w, a, b, scale).block_until_ready(),
+  )
+
+
+def _changed(params, adapters, change):
+  """Replaces every matrix W that has an adapter by change(W, A, B)."""
   flat = traverse_util.flatten_dict(params)
   added = traverse_util.flatten_dict(adapters)
-  for path in _matrices(params):
+  for path, kernel in _matrices(params).items():
     a, b = (added[*path[:-1], name] for name in "ab")
-    # One at a time, lest all products are held at once.
-    flat[path] = _add(flat[path], a, b, scale).block_until_ready()
+    flat[path] = change(kernel, a, b)
   return traverse_util.unflatten_dict(flat)
 
 
