@@ -18,7 +18,7 @@ import shutil
 
 from unicode_jax.training import metrics as metrics_lib
 
-LINKS = ("warmup", "stage1", "stage2")
+LINKS = ("warmup", "stage1", "reading", "stage2")
 MARK = "<!-- tables: benchmarks/stage2.py -->"
 PICTURES = ("drawn_easy_vqa_test", "answers_easy_vqa_test", "drawn_openmoji")
 
@@ -63,10 +63,15 @@ def tables(run: pathlib.Path) -> list[str]:
   suites = {k: v["results"] for k, v in suites.items() if "results" in v}
   took = seconds(run)
   config = json.loads((folder / "config.json").read_text())
+  steps = [
+    str(json.loads(path.read_text())["num_steps"])
+    for link in ("reading", folder.name)
+    if (path := folder.parent / link / "config.json").is_file()
+  ]
   lines = [
     f"## {run.name}",
     "",
-    f"{config['num_steps']} steps of stage II, seed {config['seed']}. Wall "
+    f"{' + '.join(steps)} steps of stage II, seed {config['seed']}. Wall "
     "seconds: " + ", ".join(f"{k} {v:.0f}" for k, v in took.items()) + ".",
     "",
   ]

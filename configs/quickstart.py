@@ -6,14 +6,19 @@ language model's table, stage II teaches the model to read and to draw, and what
 came out is evaluated. Each link has a run folder in the workdir and starts from
 the one before; the same command again goes on where it stopped.
 
-Command: python -m unicode_jax.main --config=configs/quickstart.py
---config.LINK.KEY=VALUE sets a key of one link (warmup, stage1, stage2),
---config.KEY=VALUE of all. Presets, as in --config=configs/quickstart.py:debug
+Stage II has two links: "reading" asks about pictures, "stage2" goes on and
+learns to draw them. To compare a question with a picture is learned late, or
+never, where much is drawn at the same time.
 
-  preset   stage II        hardware     time
-  (none)   4400 steps      2 CPU cores  19 minutes
-  long     30000 steps     2 CPU cores  2 hours
-  debug    8 steps         2 CPU cores  about 2 minutes
+Command: python -m unicode_jax.main --config=configs/quickstart.py
+--config.LINK.KEY=VALUE sets a key of one link (warmup, stage1, reading,
+stage2), --config.KEY=VALUE of all. Presets, as in
+--config=configs/quickstart.py:debug
+
+  preset   stage II           hardware     time
+  (none)   2600 + 1800 steps  2 CPU cores  19 minutes
+  long     30000 steps        2 CPU cores  2 hours, in one link ("stage2")
+  debug    8 + 8 steps        2 CPU cores  about 2 minutes
 
 Images are 8x8 positions of one code each (VQ): on these few pictures a language
 model of this size learns to read and to draw finer positions sooner than
@@ -30,7 +35,12 @@ from ml_collections import ConfigDict
 from unicode_jax import config as config_lib
 
 _HERE = pathlib.Path(__file__).parent
-_FILES = {"warmup": "tokenizer", "stage1": "pretrain", "stage2": "instruct"}
+_FILES = {
+  "warmup": "tokenizer",
+  "stage1": "pretrain",
+  "reading": "instruct",
+  "stage2": "instruct",
+}
 
 _SHARED = {"data.weights": (0.2, 0.8)}
 # Positions of 4x4 pixels, one code each.
@@ -56,9 +66,6 @@ _STAGE2 = {
   "data.weights": (0.1, 0.9),
   # Pictures are few: moved a little, their edges take other codes.
   "data.shift": 3,
-  "num_steps": 4400,
-  "eval_every": 2200,
-  "checkpoint_every": 1100,
   # Room for a decompressed image, and just two captioned ones.
   "text.sequence_length": 172,
   # Small steps, many of them.
@@ -67,17 +74,33 @@ _STAGE2 = {
   "optimizer.instruct.embedding_factor": 10.0,
   "instruct.questions_per_image": 8,
   "instruct.yes_no_ratio": 3.0,
-  "instruct.image_loss_weight": 0.15,
-  # Captions name shape and colour, which no single question does; to compare
-  # a question with a picture is learned from descriptions first.
-  "instruct.tasks.caption": 0.24,
-  "instruct.tasks.vqa": 0.42,
-  "instruct.tasks.described": 0.14,
-  "instruct.tasks.text_to_image": 0.12,
   "instruct.tasks.class_conditional": 0.01,
   "instruct.tasks.unconditional": 0.01,
   "instruct.tasks.decompression": 0.02,
   "instruct.tasks.text": 0.04,
+}
+# Captions name shape and colour, which no single question does; to compare a
+# question with a picture is learned from descriptions first.
+_READING = _STAGE2 | {
+  "num_steps": 2600,
+  "eval_every": 2600,
+  "checkpoint_every": 1300,
+  "optimizer.instruct.final_fraction": 0.5,
+  "instruct.image_loss_weight": 0.15,
+  "instruct.tasks.caption": 0.22,
+  "instruct.tasks.vqa": 0.40,
+  "instruct.tasks.described": 0.24,
+  "instruct.tasks.text_to_image": 0.06,
+}
+_DRAWING = _STAGE2 | {
+  "num_steps": 1800,
+  "eval_every": 1800,
+  "checkpoint_every": 900,
+  "instruct.image_loss_weight": 0.5,
+  "instruct.tasks.caption": 0.13,
+  "instruct.tasks.vqa": 0.30,
+  "instruct.tasks.described": 0.03,
+  "instruct.tasks.text_to_image": 0.46,
   "evaluate": "all",
 }
 
@@ -86,7 +109,8 @@ PRESETS = {
   "": {
     "warmup": _SHARED | _TOKENIZER | {"num_steps": 200, "eval_every": 200},
     "stage1": _STAGE1 | {"num_steps": 600, "eval_every": 600},
-    "stage2": _STAGE2,
+    "reading": _READING,
+    "stage2": _DRAWING,
   },
   "long": {
     "warmup": _SHARED
@@ -97,23 +121,25 @@ PRESETS = {
     "stage1": _STAGE1
     | _FINER
     | {"num_steps": 1500, "eval_every": 500, "schedule.llm_steps": 25},
+    # With time to read, there is time to draw.
     "stage2": _STAGE2
     | {
       "num_steps": 30000,
       "eval_every": 5000,
       "checkpoint_every": 2500,
-      # With time to read, there is time to draw.
       "instruct.image_loss_weight": 0.3,
       "instruct.tasks.caption": 0.2,
       "instruct.tasks.vqa": 0.38,
       "instruct.tasks.described": 0.08,
       "instruct.tasks.text_to_image": 0.22,
+      "evaluate": "all",
     },
   },
   "debug": {
     "warmup": {"num_steps": 4},
     "stage1": {},
-    "stage2": {"evaluate": "text"},
+    "reading": {"data.codes": "auto"},
+    "stage2": {"data.codes": "auto", "evaluate": "text"},
   },
 }
 

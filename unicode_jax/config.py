@@ -103,7 +103,8 @@ def default_config() -> ConfigDict:
   # named and left out. More stop the run before it begins.
   data.max_broken = 0.1
   # Stage II: folder of codes that `python -m unicode_jax.tokenize` wrote;
-  # "auto" makes one in the run folder; None encodes the images at every step.
+  # "auto" takes those of the run it goes on from, or makes one in the run
+  # folder; None encodes the images at every step.
   data.codes = placeholder(str)
   # Where decoded images are kept; None is the user's cache folder.
   data.cache_dir = placeholder(str)

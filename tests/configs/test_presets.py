@@ -61,19 +61,19 @@ def test_a_link_that_is_none_is_named(path, preset):
 def test_chain_validates(path, preset):
   links = config_lib.load_links(f"{path}:{preset}")
   resolved = config_lib.resolve_links(links, {}, "runs/x")
-  assert [config.stage for config in resolved.values()] == [
-    "tokenizer",
-    "pretrain",
-    "instruct",
-  ]
+  stages = [config.stage for config in resolved.values()]
+  # Of stage II there may be several.
+  assert list(dict.fromkeys(stages)) == ["tokenizer", "pretrain", "instruct"]
+  assert stages.count("pretrain") == 1
   assert {config.preset for config in resolved.values()} == {preset}
-  first, second, third = resolved.values()
-  assert first.init_from is None
-  starts = [f"runs/x/{link}" for link in links]
-  assert [second.init_from, third.init_from] == starts[:2]
+  starts = [config.init_from for config in resolved.values()]
+  assert starts == [None, *(f"runs/x/{link}" for link in list(links)[:-1])]
   # One model all along.
-  assert first.tokenizer == second.tokenizer == third.tokenizer
-  assert second.codebook == third.codebook and second.llm == third.llm
+  first, second, *others = resolved.values()
+  assert second.tokenizer == first.tokenizer
+  for config in others:
+    for section in ("tokenizer", "codebook", "llm"):
+      assert config[section] == second[section]
 
 
 @pytest.mark.parametrize("path", FILES, ids=is_shown)

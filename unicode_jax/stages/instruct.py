@@ -49,6 +49,7 @@ from unicode_jax.training import (
 # Rows of each group of the held-out mixture that an evaluation takes; at the
 # end of the run all count, up to the second number.
 EVALUATED_ROWS, FINAL_ROWS = 64, 4096
+_CODES = "codes"  # Of `data.codes="auto"`, in the run folder.
 
 CURVES = {
   "Loss": ("loss",),
@@ -419,25 +420,40 @@ def run(config, workdir: pathlib.Path) -> None:
   )
   fingerprint = loading.fingerprint(loaded.model, loaded.variables)
   run_folder.check_start(workdir, fingerprint)
-  codes = None
-  folder = config.data.codes
-  stage_views = views_lib.views(config.data.flip, config.data.shift)
-  if folder == "auto":
-    folder = workdir / "codes"
-    encoding.encode_sources(
-      loaded,
-      data.image_sources,
-      folder,
-      views=stage_views,
-      batch_size=config.data.global_batch_size,
-    )
-  if folder is not None:
-    codes = code_cache.open_codes(
-      folder,
-      data.image_sources,
-      fingerprint,
-      views=stage_views,
-    )
+  codes = _codes(config, loaded, data.image_sources, fingerprint, workdir)
   stage = InstructStage(config, data, loaded, codes)
   del loaded  # The stage hands its variables over to training.
   runner.train_and_report(stage, config, workdir, mesh, CURVES)
+
+
+def _codes(config, loaded, sources, fingerprint, workdir):
+  """Opens the codes that `data.codes` asks for; None where it asks for none."""
+  folder = config.data.codes
+  if folder is None:
+    return None
+  views = views_lib.views(config.data.flip, config.data.shift)
+  open_codes = functools.partial(
+    code_cache.open_codes,
+    sources=sources,
+    fingerprint=fingerprint,
+    views=views,
+  )
+  if folder != "auto":
+    return open_codes(folder)
+  # A run that goes on from another of stage II has the same tokenizer.
+  inherited = loaded.workdir / _CODES
+  if inherited.is_dir():
+    try:
+      codes = open_codes(inherited)
+      print(f"codes of {inherited}", flush=True)
+      return codes
+    except config_lib.ConfigError as error:
+      logging.info("encoding anew: %s", error)
+  encoding.encode_sources(
+    loaded,
+    sources,
+    workdir / _CODES,
+    views=views,
+    batch_size=config.data.global_batch_size,
+  )
+  return open_codes(workdir / _CODES)
