@@ -63,11 +63,13 @@ def tables(run: pathlib.Path) -> list[str]:
   suites = {k: v["results"] for k, v in suites.items() if "results" in v}
   took = seconds(run)
   config = json.loads((folder / "config.json").read_text())
-  steps = [
-    str(json.loads(path.read_text())["num_steps"])
-    for link in ("reading", folder.name)
-    if (path := folder.parent / link / "config.json").is_file()
-  ]
+  steps, earlier = [], config
+  while earlier["stage"] == "instruct":
+    steps.insert(0, str(earlier["num_steps"]))
+    start = pathlib.Path(earlier["init_from"])
+    if not start.is_dir():  # Moved, with its links.
+      start = folder.parent / start.name
+    earlier = json.loads((start / "config.json").read_text())
   lines = [
     f"## {run.name}",
     "",

@@ -381,6 +381,9 @@ STARTED = {
   "llm.sliding_window": 7,
   "llm.rope_scaling.factor": 2.0,
 }
+# What comes of it: the start has its own copy of the text tokenizer, and what
+# the start itself was made from may be gone by now.
+TAKEN = STARTED | {"text.tokenizer_path": None}
 # And some that stage II decides for itself.
 OWN = {
   "seed": 5,
@@ -400,7 +403,7 @@ def test_stage_two_takes_the_model_of_its_start(tmp_path):
   # What a preset says of the model is not what a user chose.
   config = apply_overrides(config, {"llm.embed_dim": 999})
   inherited = config_lib.inherit(config, tuple(mine))
-  assert config_lib.flatten(inherited) == before | STARTED
+  assert config_lib.flatten(inherited) == before | TAKEN
   assert inherited.is_locked
   config_lib.validate(inherited)
   # Nothing changes the second time, nor the config that was given.
@@ -413,7 +416,7 @@ def test_stage_two_takes_the_model_of_its_start(tmp_path):
   path.write_text(config_lib.to_json(inherited))
   third = config_lib.inherit(stage_two(str(path.parent)))
   flat = config_lib.flatten(third)
-  assert {key: flat[key] for key in STARTED} == STARTED
+  assert {key: flat[key] for key in TAKEN} == TAKEN
   assert third.instruct.vision == "unified" and third.seed == 0
 
 
@@ -427,7 +430,31 @@ def test_the_model_of_the_start_cannot_be_chosen(tmp_path, key):
   # Saying what it is anyway is no contradiction.
   same = stage_two(run, **{key: STARTED[key]})
   flat = config_lib.flatten(config_lib.inherit(same, (key,)))
-  assert {k: flat[k] for k in STARTED} == STARTED
+  assert {k: flat[k] for k in TAKEN} == TAKEN
+
+
+def test_rounding_of_the_visual_tokenizer_cannot_be_chosen(tmp_path):
+  """It decides the codes."""
+  run = start_run(tmp_path)
+  mine = {"tokenizer.dtype": "bfloat16"}
+  with pytest.raises(ConfigError, match="dtype='bfloat16'"):
+    config_lib.inherit(stage_two(run, **mine), tuple(mine))
+
+
+def test_files_that_only_the_start_needed_may_be_gone(tmp_path):
+  gone = {
+    "text.tokenizer_path": str(tmp_path / "gone"),
+    "text.vocab_size": 49152,
+    "tokenizer.loss.perceptual_weights": str(tmp_path / "gone.npz"),
+  }
+  run = start_run(tmp_path, **gone)
+  config_lib.validate(config_lib.inherit(stage_two(run)))
+
+
+def test_the_users_folder_is_where_the_shell_has_it(monkeypatch, tmp_path):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  config = apply_overrides(default_config(), {"data.path": "~/pictures"})
+  assert config.data.path == str(tmp_path / "pictures")
 
 
 def test_what_only_costs_time_may_be_chosen(tmp_path):

@@ -30,6 +30,10 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
     app.run(functools.partial(_checked, main), argv=argv, flags_parser=_parsed)
   except config_lib.ConfigError as error:
     _end(2, f"error: {error}")
+  except OSError as error:
+    if error.filename is None:
+      raise
+    _end(2, f"error: {error.strerror}: {str(error.filename)!r}")
   except config_lib.RunError as error:
     _end(3, f"stopped: {error}")
   except KeyboardInterrupt:
@@ -38,6 +42,11 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
 
 def _parsed(argv: list[str]) -> list[str]:
   """Returns what is not a flag."""
+  for argument in argv:
+    try:
+      argument.encode()
+    except UnicodeEncodeError:
+      raise config_lib.ConfigError(f"{argument!r} is not UTF-8") from None
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:

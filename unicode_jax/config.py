@@ -15,6 +15,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import runpy
 from typing import Any
 
@@ -492,7 +493,7 @@ _IMPOSSIBLE = (
   ),
   (
     lambda c: (
-      c.stage != "tokenizer"
+      c.stage not in ("tokenizer", "instruct")
       and c.text.tokenizer_path is None
       and c.text.vocab_size > MAX_TRAINED_VOCAB
     ),
@@ -655,6 +656,18 @@ _WANTED = {
   str: "text",
 }
 
+# Where "~" is the user's own folder.
+_FOLDERS = (
+  "init_from",
+  "llm_from",
+  "data.cache_dir",
+  "data.captions",
+  "data.codes",
+  "data.conversations",
+  "data.path",
+  "text.tokenizer_path",
+  "tokenizer.loss.perceptual_weights",
+)
 # Paths that must exist when set, and what must be there.
 _PATHS = (
   ("data.path", os.path.isdir, "a folder"),
@@ -769,9 +782,9 @@ _STARTS = {
   "pretrain": (("tokenizer",), "--config=configs/tokenizer.py"),
   "instruct": (("pretrain", "instruct"), "--config=configs/pretrain.py"),
 }
-# Of these, what changes speed and memory alone and may differ.
+# Of these, what changes speed and memory alone and may differ. The visual
+# tokenizer's type is none of them: features that are rounded take other codes.
 _RUNTIME = (
-  "tokenizer.dtype",
   "llm.scan_layers",
   "llm.attention_block",
   "llm.remat_policy",
@@ -817,7 +830,13 @@ def inherit(
       f"{where} is a run of stage {start.stage!r}, from which stage "
       f"{config.stage!r} cannot start: name a run of {remedy}"
     )
-  return _take(config, flatten(start), INHERITED[config.stage], chosen, where)
+  values = flatten(start)
+  if config.stage == "instruct":
+    # Files that the start was made from: it has its own copy of the text
+    # tokenizer, and no pixels are compared any more.
+    values["text.tokenizer_path"] = None
+    values["tokenizer.loss.perceptual_weights"] = None
+  return _take(config, values, INHERITED[config.stage], chosen, where)
 
 
 def _inherit_llm(config: ConfigDict, chosen: Sequence[str]) -> ConfigDict:
@@ -920,6 +939,8 @@ def apply_overrides(
     if isinstance(value, str):
       value = _read(key, value)
     value = _check_type(key, value)
+    if isinstance(value, str) and key in _FOLDERS:
+      value = os.path.expanduser(value)
     section, _, leaf = key.rpartition(".")
     holder = functools.reduce(getattr, filter(None, section.split(".")), config)
     with holder.unlocked():
@@ -1008,6 +1029,30 @@ def from_json(path: str | os.PathLike[str]) -> ConfigDict:
   for key, value in values.items():
     _check_type(key, value)  # Text in JSON is text, not something to read.
   return apply_overrides(default_config(), values)
+
+
+def read_run(workdir: str | os.PathLike[str]) -> ConfigDict:
+  """Returns the resolved config of a run.
+
+  Args:
+    workdir: Run folder.
+
+  Raises:
+    ConfigError: If the folder holds no run.
+  """
+  workdir = pathlib.Path(workdir).expanduser()
+  path = workdir / "config.json"
+  if not path.is_file():
+    links = sorted(str(found.parent) for found in workdir.glob("*/config.json"))
+    remedy = (
+      f"of its links, name one: {', '.join(links)}"
+      if links
+      else "name the --workdir of a run of unicode_jax.main"
+    )
+    raise ConfigError(
+      f"{workdir} holds no run (no config.json in it): {remedy}"
+    )
+  return from_json(path)
 
 
 def load(spec: str) -> ConfigDict:

@@ -107,9 +107,7 @@ def frozen_tokenizer(model, variables):
   params, state = variables.params["codebook"], variables.codebook_state
   rules = model.codebook
   if rules.paradigm != "private":
-    params, state = codebook_lib.freeze(
-      params, state, model.embedding(variables.params), variables.valid, rules
-    )
+    params, state = loading.frozen_codebook(model, variables)
     rules = codebook_lib.frozen_config(rules)
   return (
     dataclasses.replace(model, codebook=rules, llama=None, vision="unified"),

@@ -65,12 +65,8 @@ def main(overrides: Mapping[str, str]) -> None:
     ConfigError: If the run, the data or a flag is of no use.
   """
   names = report.parse_suites(_SUITES.value)
-  workdir = pathlib.Path(_WORKDIR.value)
-  if not (workdir / "config.json").is_file():
-    raise config_lib.ConfigError(
-      f"{workdir} holds no run (no config.json in it): name the --workdir of a "
-      "run of unicode_jax.main"
-    )
+  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  config_lib.read_run(workdir)
   # JAX takes seconds to import.
   from unicode_jax import inference  # pylint: disable=g-import-not-at-top
   from unicode_jax.evaluation import bench, suites  # pylint: disable=g-import-not-at-top
@@ -84,7 +80,7 @@ def main(overrides: Mapping[str, str]) -> None:
   )
   model = inference.load(workdir, _STEP.value)
   data = bench.load_data(model.loaded, overrides)
-  out = pathlib.Path(_OUT.value) if _OUT.value else workdir / "evaluation"
+  out = pathlib.Path(_OUT.value or workdir / "evaluation").expanduser()
   suites.evaluate(
     model, data, settings, out, say=functools.partial(print, flush=True)
   )

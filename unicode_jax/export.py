@@ -13,7 +13,7 @@ import os
 
 from absl import flags
 
-from unicode_jax import command
+from unicode_jax import command, config as config_lib
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
   from unicode_jax import loading
   from unicode_jax.convert import exporting
 
-  if loading.read_config(values.workdir).stage in ("pretrain", "instruct"):
+  if config_lib.read_run(values.workdir).stage in ("pretrain", "instruct"):
     loaded = loading.load(values.workdir, values.step)
   else:
     loaded = loading.load_llm(values.workdir, values.step)

@@ -62,8 +62,9 @@ class Reply:
   """What the model said.
 
   Attributes:
-    parts: texts, and `ImageSpan(i)` for image i of `codes`; what a turn of
-      `Question.history` takes.
+    parts: texts, and `ImageSpan(i)` for image i of `codes`. A turn of
+      `Question.history` takes them too, counted on from the images that were
+      shown before.
     codes: int32[n, P, D] of the images that it drew.
   """
 

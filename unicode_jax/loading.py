@@ -19,7 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from unicode_jax import codebook as codebook_lib, config as config_lib
+from unicode_jax import (
+  codebook as codebook_lib,
+  config as config_lib,
+  sharding,
+)
 from unicode_jax.data import sequences, text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import (
   llama as llama_lib,
@@ -166,7 +170,11 @@ class LoadedLlm:
   step: int
 
 
-def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
+def load(
+  workdir: str | os.PathLike[str],
+  step: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Loaded:
   """Loads a run: of stage I, stage II or a tokenizer alone.
 
   Adapters are merged: what is returned has none.
@@ -174,9 +182,11 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
   Args:
     workdir: Run folder.
     step: Which checkpoint; None for the newest.
+    mesh: Where to: each device reads its share (`sharding.fsdp_shardings`).
+      None for the first device.
 
   Returns:
-    The model, on the default device.
+    The model.
 
   Raises:
     ConfigError: If the folder holds no run, or no such checkpoint.
@@ -193,7 +203,7 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
     jax.random.key(0),
     jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
   )
-  variables = _restore(workdir, step, shapes)
+  variables = _restore(workdir, step, shapes, mesh)
   if model.lora_rank:
     params = dict(variables.params)
     params["llm"] = lora_lib.merge_in_place(
@@ -208,24 +218,26 @@ def load(workdir: str | os.PathLike[str], step: int | None = None) -> Loaded:
 
 
 def load_llm(
-  workdir: str | os.PathLike[str], step: int | None = None
+  workdir: str | os.PathLike[str],
+  step: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> LoadedLlm:
   """Loads the language model of a run, or one that was imported.
 
   Args:
     workdir: Run folder, of a stage with an LLM.
     step: Which checkpoint; None for the newest.
+    mesh: As in `load`.
 
   Returns:
-    The model, on the default device; nothing else of the run is read, unless
-    adapters are merged.
+    The model; nothing else of the run is read, unless adapters are merged.
 
   Raises:
     ConfigError: If the folder holds no run, no LLM, or no such checkpoint.
   """
   workdir, config, step = _find(workdir, step)
   if config.stage == "instruct" and config.instruct.lora_rank:
-    return load(workdir, step).llm
+    return load(workdir, step, mesh).llm
   llama = build_llama(config)
   if llama is None:
     raise config_lib.ConfigError(
@@ -237,38 +249,15 @@ def load_llm(
     jax.random.key(0),
     jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),
   )["params"]
-  params = _restore(workdir, step, {"params": {"llm": params}})["params"]["llm"]
+  shapes = {"params": {"llm": params}}
+  params = _restore(workdir, step, shapes, mesh)["params"]["llm"]
   tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
   return LoadedLlm(config, llama, params, tokenizer, workdir, step)
 
 
-def read_config(workdir: str | os.PathLike[str]):
-  """Returns the resolved config of a run.
-
-  Args:
-    workdir: Run folder.
-
-  Raises:
-    ConfigError: If the folder holds no run.
-  """
-  workdir = pathlib.Path(workdir).expanduser()
-  path = workdir / "config.json"
-  if not path.is_file():
-    links = sorted(str(found.parent) for found in workdir.glob("*/config.json"))
-    remedy = (
-      f"of its links, name one: {', '.join(links)}"
-      if links
-      else "name the --workdir of a run of unicode_jax.main"
-    )
-    raise config_lib.ConfigError(
-      f"{workdir} holds no run (no config.json in it): {remedy}"
-    )
-  return config_lib.from_json(path)
-
-
 def _find(workdir, step: int | None):
   """Returns folder, config and step of a checkpoint."""
-  config = read_config(workdir)
+  config = config_lib.read_run(workdir)
   workdir = pathlib.Path(workdir).expanduser()
   folder = workdir / "checkpoints"
   steps = sorted(
@@ -285,11 +274,17 @@ def _find(workdir, step: int | None):
   return workdir, config, steps[-1] if step is None else step
 
 
-def _restore(workdir: pathlib.Path, step: int, shapes):
+def _restore(workdir: pathlib.Path, step: int, shapes, mesh):
   """Reads those variables of a checkpoint that `shapes` has."""
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: here, shapes)
+  else:
+    shardings = sharding.fsdp_shardings(shapes, mesh)
   target = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
   )
   with ocp.PyTreeCheckpointer() as checkpointer:
     return checkpointer.restore(
@@ -304,14 +299,38 @@ def _restore(workdir: pathlib.Path, step: int, shapes):
     )["variables"]
 
 
+def frozen_codebook(
+  model: unicode_lib.UniCode, variables: unicode_lib.Variables
+):
+  """Fixes a codebook as it is, for stage II (H3).
+
+  Args:
+    model: Its architecture; the codebook is not private.
+    variables: Its variables, on any devices.
+
+  Returns:
+    Parameters and state of `codebook.freeze`, on the first device: what is
+    computed of a split table would depend on how it is split.
+  """
+  given = (
+    variables.params["codebook"],
+    variables.codebook_state,
+    model.embedding(variables.params),
+    variables.valid,
+  )
+  given = jax.device_put(given, jax.local_devices()[0])
+  return codebook_lib.freeze(*given, model.codebook)
+
+
 def fingerprint(
   model: unicode_lib.UniCode, variables: unicode_lib.Variables
 ) -> str:
   """Hashes all that decides which codes an image has (H12).
 
   Stage II, which fixes the table of its start, has its start's fingerprint.
-  The LLM, the decoder and a baseline's own parameters do not count. Nor does
-  the hardware, which may turn near ties in encoding.
+  The LLM, the decoder and a baseline's own parameters do not count, nor how
+  the model is split over devices. The hardware does where the table is computed
+  (`projected`, before stage II fixes it).
 
   Args:
     model: The architecture.
@@ -331,13 +350,7 @@ def fingerprint(
   if model.codebook.paradigm == "private":
     table = variables.params["codebook"]["table"]
   else:
-    table = codebook_lib.freeze(
-      variables.params["codebook"],
-      variables.codebook_state,
-      model.embedding(variables.params),
-      variables.valid,
-      model.codebook,
-    )[1]["table"]
+    table = frozen_codebook(model, variables)[1]["table"]
   arrays = {
     "encoder": variables.params["encoder"],
     "gain": variables.codebook_state["gain"],

@@ -55,7 +55,7 @@ def main(overrides: Mapping[str, str]) -> None:
   name = file.stem if len(links) > 1 else config.stage
   workdir = pathlib.Path(
     _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"
-  )
+  ).expanduser()
   links = config_lib.resolve_links(links, overrides, str(workdir))
   config = next(iter(links.values()))
   for link in links.values():

@@ -75,7 +75,7 @@ def encode_data_set(
       config_lib.default_config(),
       config_lib.flatten(loaded.config.data, "data.")
       | dict(overrides)
-      | {"data.codes": None},
+      | {"data.codes": None, "image_size": loaded.config.image_size},
     )
   )
   sources = data_lib.load_data(

@@ -374,8 +374,8 @@ def test_fixed_batches_hold_rows_once_and_draw_nothing(
 ):
   made = make(pictures, word_tokenizer, sequence_length=30)
   for number, group in enumerate(made.groups):
-    batches = mixture.fixed_batches(made, number, 4, max_rows)
-    again = mixture.fixed_batches(made, number, 4, max_rows)
+    batches = [*mixture.fixed_batches(made, number, 4, max_rows)]
+    again = [*mixture.fixed_batches(made, number, 4, max_rows)]
     for batch, expected in zip(batches, again, strict=True):
       assert_equal(batch, expected)
       assert len(batch["labels"]) == 4 and (batch["group"] == number).all()

@@ -56,6 +56,10 @@ def test_asking_is_answering_each_question_alone(tiny, make_bench):
   [
     ({"seed": "1"}, ["--config.seed", "data.*"]),
     ({"data.heldout_fraction": "0.5"}, ["trained on"]),
+    (
+      {"data.heldout_fraction": "0.5", "data.source": "embedded"},
+      ["trained on"],
+    ),
     ({"data.validation_fraction": "0.1"}, ["trained on", "set 0"]),
     ({"data.validation_fraction": "ten"}, ["'ten'", "number"]),
     ({"data.source": "imagenet"}, ["'imagenet'", "'folder'"]),

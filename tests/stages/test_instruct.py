@@ -134,7 +134,7 @@ def test_separate_rows_are_added_behind_those_of_text(shared, runs):
   key = jax.random.key(0)
   old = loaded.variables.params["llm"]["embed_tokens"]["embedding"]
   with pytest.raises(RuntimeError, match="starts once"):
-    stage.start()
+    stage.start(sharding.make_mesh())
   start = instruct.starting_variables(stage.config, loaded, stage.model)
   start = instruct.extend(stage.model, key, start)
   table = start.params["llm"]["embed_tokens"]["embedding"]
@@ -231,7 +231,7 @@ def test_nothing_held_out_is_trained_on(shared, runs):
     if group.name == "vqa":
       assert all(len(e.turns) == 1 for e in group.examples)
   batches = [
-    mixture_lib.fixed_batches(stage.heldout, 0, 8, 8)[0] for _ in range(2)
+    next(mixture_lib.fixed_batches(stage.heldout, 0, 8, 8)) for _ in range(2)
   ]
   jax.tree.map(np.testing.assert_array_equal, *batches)
 
@@ -290,7 +290,7 @@ def test_adapters_learn_in_place_of_the_llm(shared, tmp_path):
   assert np.abs(kernel - base).max() > 1e-4
 
   # What is merged answers as what was trained.
-  batch = next(iter(mixture_lib.fixed_batches(stage.heldout, 0, 8, 8)))
+  batch = next(mixture_lib.fixed_batches(stage.heldout, 0, 8, 8))
   trained = instruct_step.instruct_loss(
     stage.model, {"lora": params["lora"]}, state.variables, batch
   )
@@ -308,7 +308,7 @@ def test_exact_answers_are_what_greedy_decoding_gets_right(shared, runs):
   number = next(
     i for i, g in enumerate(stage.heldout.groups) if g.name == "text"
   )
-  batch = mixture_lib.fixed_batches(stage.heldout, number, 8, 8)[0]
+  batch = next(mixture_lib.fixed_batches(stage.heldout, number, 8, 8))
   # Targets that an untrained model hits: its own choices, in half of the rows.
   apply = jax.jit(
     lambda params, ids, positions, segments: llama.Llama(

@@ -304,7 +304,7 @@ def test_stage_one_starts_from_a_language_model(stage_one, tmp_path):
     config = config_lib.validate(config_lib.inherit(config, tuple(overrides)))
     assert config.text.tokenizer_path == str(llm / "text_tokenizer")
     stage = make_stage(config)
-    state = stage.init(jax.random.key(0), stage.start())
+    state = stage.init(jax.random.key(0), stage.start(sharding.make_mesh()))
     params = state.variables.params["llm"]
     assert ("layers" in params) == scanned
     jax.tree.map(

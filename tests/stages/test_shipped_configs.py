@@ -5,9 +5,13 @@ import math
 
 import pytest
 
-from configs import pretrain as pretrain_config, tokenizer as tokenizer_config
+from configs import (
+  instruct as instruct_config,
+  pretrain as pretrain_config,
+  tokenizer as tokenizer_config,
+)
 from unicode_jax import config as config_lib
-from unicode_jax.stages import pretrain, tokenizer
+from unicode_jax.stages import instruct, pretrain, tokenizer
 
 SHRUNK = {
   "image_size": 16,
@@ -96,3 +100,34 @@ def test_other_quantizers_train(tmp_path, quantizer, depth):
   )
   pretrain.run(config_lib.validate(config), tmp_path)
   check(tmp_path, "tokenizer/loss", f"residual_energy/depth{depth}")
+
+
+# "debug" is what all other tests of stage II train.
+@pytest.mark.parametrize(
+  "preset", sorted({*instruct_config.PRESETS} - {"debug"})
+)
+def test_instruct_preset_trains(stage_one, tmp_path, preset):
+  """From a tiny stage I; the mixture, template and tasks are the preset's."""
+  config = instruct_config.get_config(preset)
+  if config.instruct.template == "chatml":  # Whose tokens a tiny model lacks.
+    config = config_lib.apply_overrides(config, {"instruct.template": "plain"})
+  config = config_lib.apply_overrides(
+    config,
+    {
+      "init_from": str(stage_one[0]),
+      "num_steps": 2,
+      "log_every": 1,
+      "eval_every": 2,
+      "checkpoint_every": 2,
+      "data.source": "embedded",
+      "data.codes": None,
+      "data.num_workers": 0,
+      "text.sequence_length": 320,
+      "instruct.global_batch_size": 2,
+      "mesh.fsdp": 1,
+    },
+  )
+  config = config_lib.validate(config_lib.inherit(config))
+  instruct.run(config, tmp_path)
+  task = "decompression" if preset == "decompress" else "text_to_image"
+  check(tmp_path, "loss", f"eval/image_loss/{task}")

@@ -11,7 +11,7 @@ sequences themselves hold slots (`sequences.slots`), behind the LLM's
 vocabulary, that the train step fills. So both give the same numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import logging
@@ -403,8 +403,8 @@ def mixture_iterator(
 
 def fixed_batches(
   mixture: Mixture, group: int, batch_size: int, max_rows: int | None = None
-) -> list[dict[str, np.ndarray]]:
-  """Returns batches that hold rows of one group once, nothing at random.
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields batches that hold rows of one group once, nothing at random.
 
   Args:
     mixture: rows.
@@ -416,10 +416,8 @@ def fixed_batches(
   chosen = range(count)
   if max_rows is not None and count > max_rows:
     chosen = np.linspace(0, count - 1, max_rows).round().astype(int)
-  batches = []
   for start in range(0, len(chosen), batch_size):
     numbers = [*map(int, chosen[start : start + batch_size])]
     numbers += [count] * (batch_size - len(numbers))
     rows = [mixture.row(group, number, None) for number in numbers]
-    batches.append({k: np.stack([row[k] for row in rows]) for k in rows[0]})
-  return batches
+    yield {k: np.stack([row[k] for row in rows]) for k in rows[0]}

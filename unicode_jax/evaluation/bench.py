@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import os
 from pathlib import Path
 import platform
 from typing import Any
@@ -160,8 +161,8 @@ def load_data(
         f"--config.{key}: only --config.data.* can be set here, all else is "
         f"the run's ({loaded.workdir})"
       )
-  others = {"data.source", "data.path", "data.conversations", "data.tfds"}
-  elsewhere = bool(others & set(overrides))
+  asked = config_lib.apply_overrides(loaded.config, overrides)
+  elsewhere = _origin(asked) != _origin(loaded.config)
   if "data.heldout_fraction" in overrides and not elsewhere:
     raise config_lib.ConfigError(
       "--config.data.heldout_fraction without other data would evaluate "
@@ -194,6 +195,13 @@ def load_data(
   return data_lib.load_data(
     data_lib.DataConfig(**config.data), text, config.image_size
   )
+
+
+def _origin(config) -> tuple:
+  """Returns where the pictures of a config are from."""
+  data = config.data
+  paths = [p and os.path.realpath(p) for p in (data.path, data.conversations)]
+  return data.source, *paths, data.tfds
 
 
 def spread(count: int, most: int | None) -> np.ndarray:
@@ -401,6 +409,7 @@ class Bench:
         held.name: {"pictures": len(held.images), "sha256": digest(held)}
         for held in self.sets
       },
+      "shares of the training sets": list(self.data.image_weights),
       "images": f"{size} x {size} pixels; files: central square, bicubic, "
       "antialiased; OpenMoji: rendered at this size",
       "seed": self.settings.seed,
@@ -423,6 +432,7 @@ class Bench:
         sorted(settings.items()),
         [(held.name, digest(held), _digest(held.train)) for held in self.sets],
         self.data.heldout_texts,
+        self.data.image_weights,
       )
     )
     return hashlib.sha256(key.encode()).hexdigest()[:16]

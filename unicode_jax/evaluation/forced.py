@@ -77,10 +77,10 @@ def answers(
     exact += instruct_step.exact_answers(batch, hits).tolist()
   packed = [rows.examples[i] for row in rows.rows for i in row]
   right = {
-    (example.item, example.turns[0][0]): hit
+    (example.item, *example.turns[0]): hit
     for example, hit in zip(packed, exact, strict=True)
   }
-  return [a if right.get((i, q), False) else "" for i, q, a in asked]
+  return [a if right.get((i, q, a), False) else "" for i, q, a in asked]
 
 
 def _batches(

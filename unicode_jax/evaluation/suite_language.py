@@ -1,9 +1,11 @@
 """Suite: the language that is left, as perplexity of held-out texts.
 
-METHOD section 4's check that stage II keeps what stage I had learned: the texts
-are read by the model before stage II, where it is still there, and after.
+METHOD section 4's check that language is kept: the texts are read by the model
+as it is, as it was before stage II and, of an imported one, before stage I,
+where these are still there.
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -15,6 +17,7 @@ from unicode_jax import config as config_lib, data as data_lib, loading
 from unicode_jax.data import mixture as mixture_lib, pipeline
 from unicode_jax.evaluation import forced
 from unicode_jax.evaluation.bench import Bench, Outcome
+from unicode_jax.models import llama as llama_lib
 from unicode_jax.training import steps
 
 _TEXT_ROWS = 4096  # As training's last evaluation.
@@ -65,12 +68,28 @@ def _text_sums(
   return nats, int(tokens)
 
 
-def _stage_one(config) -> str:
-  """Returns the run that stage II began from, be it in several runs."""
+def _stage_one(config) -> loading.Loaded:
+  """Loads the run that stage II began from, be it in several runs."""
   while config.stage == "instruct":
     start = config.init_from
-    config = loading.read_config(start)
-  return start
+    config = config_lib.read_run(start)
+  return loading.load(start)
+
+
+def _untouched(stage_one: loading.Loaded) -> loading.Loaded:
+  """Puts the language model that stage I began from in its place."""
+  llm = loading.load_llm(stage_one.config.llm_from)
+  params = stage_one.variables.params | {
+    "llm": llama_lib.with_layers_as(
+      llm.params, stage_one.model.llama.scan_layers
+    )
+  }
+  return dataclasses.replace(
+    stage_one,
+    variables=stage_one.variables.replace(params=params),
+    workdir=llm.workdir,
+    step=llm.step,
+  )
 
 
 def text(bench: Bench) -> Outcome:
@@ -81,24 +100,28 @@ def text(bench: Bench) -> Outcome:
   """
   loaded, config = bench.loaded, bench.loaded.config
 
-  def measured(run):
+  def measured(load):
+    """Returns a run, None where it is gone, and what is said of it."""
+    try:
+      run = load()
+    except (config_lib.ConfigError, OSError) as error:
+      return None, {"missing": str(error)}
     nats, tokens = _text_sums(run, bench.data, config, loaded.layout)
-    return {
+    return run, {
       "perplexity": math.exp(nats / tokens),
       "nats_per_token": nats / tokens,
       "tokens": tokens,
       "run": f"{run.workdir}, step {run.step}",
     }
 
-  results = {}
+  results, stage_one, stage = {}, loaded, "I"
   if config.stage == "instruct":
-    try:
-      results["before stage II"] = measured(loading.load(_stage_one(config)))
-    except (config_lib.ConfigError, OSError) as error:
-      results["before stage II"] = {"missing": str(error)}
-    results["after stage II"] = measured(loaded)
-  else:
-    results["after stage I"] = measured(loaded)
+    stage = "II"
+    stage_one, results["before stage II"] = measured(lambda: _stage_one(config))
+  if stage_one is not None and stage_one.config.llm_from is not None:
+    _, untouched = measured(lambda: _untouched(stage_one))
+    results = {"before stage I": untouched} | results
+  _, results[f"after stage {stage}"] = measured(lambda: loaded)
   return Outcome(
     results,
     {

@@ -9,7 +9,7 @@ of the same code (`instruct.vision`).
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import logging
@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from unicode_jax import (
-  codebook as codebook_lib,
   config as config_lib,
   data as data_lib,
   encoding,
   loading,
+  sharding,
 )
 from unicode_jax.data import (
   code_cache,
@@ -140,12 +140,8 @@ def starting_variables(config, loaded: loading.Loaded, model):
       )
     return variables
   encoding.check_trained(variables)
-  params["codebook"], codebook_state = codebook_lib.freeze(
-    params["codebook"],
-    variables.codebook_state,
-    loaded.model.embedding(params),
-    variables.valid,
-    loaded.model.codebook,
+  params["codebook"], codebook_state = loading.frozen_codebook(
+    loaded.model, loaded.variables
   )
   return variables.replace(params=params, codebook_state=codebook_state)
 
@@ -256,7 +252,7 @@ class InstructStage:
       unit="tokens",
     )
 
-  def start(self):
+  def start(self, mesh: jax.sharding.Mesh):
     """Hands over the variables to start from, which it then forgets.
 
     A model is too large to be held beside its training for no use.
@@ -264,7 +260,7 @@ class InstructStage:
     start, self._start = self._start, None
     if start is None:
       raise RuntimeError("a stage starts once: make another")
-    return start
+    return jax.device_put(start, sharding.fsdp_shardings(start, mesh))
 
   def init(self, key: jax.Array, start) -> state_lib.TrainState:
     """Puts the start into a training state."""
@@ -337,8 +333,8 @@ class InstructStage:
   def evaluate(self, state, *, final: bool) -> dict[str, float]:
     """Measures held-out rows of every task, the right answers before given.
 
-    "exact" is the share of text answers of which every token was the likeliest:
-    what greedy decoding would get right.
+    "exact" is the share of conversations of which every answer's every token
+    was the likeliest; held-out questions are asked one a conversation.
     """
     total = np.zeros((len(self.heldout.groups), 2, 3))
     result = {}
@@ -412,7 +408,7 @@ def run(config, workdir: pathlib.Path) -> None:
     workdir: Run folder; a run that is there is resumed.
   """
   mesh = runner.prepare(config, workdir)
-  loaded = loading.load(config.init_from)
+  loaded = loading.load(config.init_from, mesh=mesh)
   data = runner.load_data(
     config,
     with_text=True,
@@ -440,15 +436,13 @@ def _codes(config, loaded, sources, fingerprint, workdir):
   )
   if folder != "auto":
     return open_codes(folder)
-  # A run that goes on from another of stage II has the same tokenizer.
-  inherited = loaded.workdir / _CODES
-  if inherited.is_dir():
+  for earlier in _earlier_codes(loaded):
     try:
-      codes = open_codes(inherited)
-      print(f"codes of {inherited}", flush=True)
+      codes = open_codes(earlier)
+      print(f"codes of {earlier}", flush=True)
       return codes
     except config_lib.ConfigError as error:
-      logging.info("encoding anew: %s", error)
+      print(f"encoding anew: {error}", flush=True)
   encoding.encode_sources(
     loaded,
     sources,
@@ -457,3 +451,20 @@ def _codes(config, loaded, sources, fingerprint, workdir):
     batch_size=config.data.global_batch_size,
   )
   return open_codes(workdir / _CODES)
+
+
+def _earlier_codes(loaded: loading.Loaded) -> Iterator[pathlib.Path]:
+  """Yields the codes of the runs of stage II that a run goes on from.
+
+  They have the same tokenizer.
+  """
+  workdir, config = loaded.workdir, loaded.config
+  while config.stage == "instruct":
+    own = config.data.codes in (None, "auto")
+    folder = workdir / _CODES if own else pathlib.Path(config.data.codes)
+    if folder.is_dir():
+      yield folder
+    workdir = pathlib.Path(config.init_from)
+    if not (workdir / "config.json").is_file():
+      return
+    config = config_lib.read_run(workdir)

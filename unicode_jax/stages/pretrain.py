@@ -25,6 +25,7 @@ from unicode_jax import (
   data as data_lib,
   loading,
   quantizer as quantizer_lib,
+  sharding,
 )
 from unicode_jax.data import pipeline
 from unicode_jax.models import llama as llama_lib
@@ -55,18 +56,20 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       global_batch_size=config.text.global_batch_size,
     )
 
-  def start(self):
+  def start(self, mesh: jax.sharding.Mesh):
     """Returns the parameters of the runs to start from, None without any."""
     params = {}
     if self.config.init_from is not None:
-      trained = loading.load(self.config.init_from).variables.params
+      trained = loading.load(self.config.init_from, mesh=mesh).variables.params
       params |= {name: trained[name] for name in ("encoder", "decoder")}
     if self.config.llm_from is not None:
-      llm = loading.load_llm(self.config.llm_from)
+      llm = loading.load_llm(self.config.llm_from, mesh=mesh)
       params["llm"] = llama_lib.with_layers_as(
         llm.params, self.model.llama.scan_layers
       )
-    return params or None
+    if not params:
+      return None
+    return jax.device_put(params, sharding.fsdp_shardings(params, mesh))
 
   def _tokenizer_updates(self) -> int:
     cycles, rest = divmod(self.config.num_steps, self.cycle)

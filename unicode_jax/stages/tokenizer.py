@@ -143,8 +143,9 @@ class TokenizerStage:
       unit="images",
     )
 
-  def start(self) -> None:
+  def start(self, mesh: jax.sharding.Mesh):
     """Returns None: this stage begins from nothing."""
+    del mesh
 
   def init(self, key: jax.Array, start=None) -> state_lib.TrainState:
     """Draws the initial state, around the parameters that `start` has."""

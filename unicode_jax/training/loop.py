@@ -84,10 +84,11 @@ class Stage(Protocol):
   total_steps: int
   alarm_config: alarm_lib.AlarmConfig
 
-  def start(self) -> Any:
+  def start(self, mesh: jax.sharding.Mesh) -> Any:
     """Returns the tree of arrays that `init` begins from, None without one.
 
-    It is called once: a stage may let go of what it hands over.
+    They are spread over the mesh. It is called once: a stage may let go of
+    what it hands over.
     """
 
   def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
@@ -257,7 +258,7 @@ def _train(stage, workdir, config, mesh, until_step):
   )
   iterators = stage.make_iterators()
   key = jax.random.key(config.seed)
-  start = stage.start()
+  start = stage.start(mesh)
   shapes = jax.eval_shape(stage.init, key, start)
   shardings = sharding.fsdp_shardings(shapes, mesh)
   latest = checkpointer.latest_step()

@@ -128,6 +128,8 @@ def read_captions(
       image, text = record["image"], record["text"]
       if not (isinstance(image, str) and isinstance(text, str)):
         raise TypeError
+      if not text.strip():
+        raise ValueError
       text.encode()  # Half of a surrogate pair is no text.
     except (ValueError, KeyError, TypeError) as error:
       raise config_lib.ConfigError(

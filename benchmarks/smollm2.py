@@ -1,0 +1,191 @@
+r"""A real language model through both stages: what it gains and forgets.
+
+  python -m unicode_jax.convert --path=FILE.gguf --out=runs/smollm2-135m
+  python benchmarks/smollm2.py --llm=runs/smollm2-135m --out=runs/smollm2 \
+    --doc=docs/smollm2.md
+
+It starts stage I (configs/pretrain.py:smollm2) once per paradigm, stage II
+(configs/instruct.py:smollm2) from the first of them, evaluates, and writes the
+tables from the runs' own files below a marked line of the page, with pictures
+beside. A run that is there is resumed or read. One run at a time: they take all
+cores.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from unicode_jax import config as config_lib
+from unicode_jax.training import metrics as metrics_lib
+
+PARADIGMS = ("language_driven", "projected", "dual")
+MARK = "<!-- tables: benchmarks/smollm2.py -->"
+SUITES = "vqa,caption,text,reconstruction,pictures"
+
+
+def command(module: str, *flags: str) -> None:
+  """Runs a command of the package in a process of its own."""
+  subprocess.run(
+    [sys.executable, "-m", f"unicode_jax.{module}", *flags], check=True
+  )
+
+
+def first_and_last(rows, key: str, digits: int) -> str:
+  """Formats what a key was first, and last."""
+  values = [row[key] for row in rows if key in row]
+  return f"{values[0]:.{digits}f} → {values[-1]:.{digits}f}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+  """Makes a Markdown table."""
+  return [
+    f"| {' | '.join(head)} |",
+    "|---" * len(head) + "|",
+    *(f"| {' | '.join(row)} |" for row in rows),
+    "",
+  ]
+
+
+def stage_one(runs: dict[str, pathlib.Path]) -> list[str]:
+  """Returns the tables of stage I: a column per paradigm."""
+  read = {
+    name: metrics_lib.read_jsonl(run / "metrics.jsonl")
+    for name, run in runs.items()
+  }
+  config = config_lib.from_json(next(iter(runs.values())) / "config.json")
+  depth = config.tokenizer.depth
+  shown = [
+    ("loss of images, training", "tokenizer/loss", 3),
+    ("loss of text, training", "text/loss", 3),
+    *(
+      row
+      for name in ("easy_vqa_test", "openmoji_heldout")
+      for row in (
+        (f"PSNR of {name}, dB", f"eval/{name}/psnr", 2),
+        (
+          f"residual energy of {name}, d = {depth}",
+          f"eval/{name}/residual_energy/depth{depth}",
+          3,
+        ),
+      )
+    ),
+    ("usage, d = 1, easy_vqa_test", "eval/easy_vqa_test/usage/depth1", 4),
+    ("held-out text perplexity", "eval/text_perplexity", 2),
+  ]
+  lines = table(
+    ["first → last", *runs],
+    [
+      [title, *(first_and_last(rows, key, digits) for rows in read.values())]
+      for title, key, digits in shown
+    ],
+  )
+  perplexities = {
+    name: [
+      r["eval/text_perplexity"] for r in rows if "eval/text_perplexity" in r
+    ]
+    for name, rows in read.items()
+  }
+  seconds = {
+    name: [r["time/train_seconds"] for r in rows if "time/train_seconds" in r]
+    for name, rows in read.items()
+  }
+  return [
+    *lines,
+    "Text perplexity against the untouched model: "
+    + ", ".join(
+      f"{name} {100 * (values[-1] / values[0] - 1):+.1f} %"
+      for name, values in perplexities.items()
+    )
+    + ". Wall seconds: "
+    + ", ".join(f"{name} {values[-1]:.0f}" for name, values in seconds.items())
+    + ".",
+    "",
+  ]
+
+
+def stage_two(run: pathlib.Path) -> list[str]:
+  """Returns the tables of stage II."""
+  rows = metrics_lib.read_jsonl(run / "metrics.jsonl")
+  config = config_lib.from_json(run / "config.json")
+  keys = {
+    f"{task}, {kind}": f"{kind}_loss/{task}"
+    for task, weight in config.instruct.tasks.items()
+    for kind in ("text", "image")
+    if weight and any(f"{kind}_loss/{task}" in row for row in rows)
+  }
+  lines = table(
+    ["loss, first → last", "training", "held out"],
+    [
+      [
+        title,
+        first_and_last(rows, key, 2),
+        first_and_last(rows, f"eval/{key}", 2)
+        if any(f"eval/{key}" in row for row in rows)
+        else "-",
+      ]
+      for title, key in keys.items()
+    ],
+  )
+  suites = json.loads((run / "evaluation/results.json").read_text())["suites"]
+  for name, held in suites["vqa"]["results"].items():
+    lines += [
+      f"Questions of {name}: {100 * held['accuracy']:.1f} % right (blind "
+      f"{100 * held['blind']['accuracy']:.1f} %), yes/no balanced within each "
+      f"question {100 * held['yes_no_unguessed']:.1f} % (blind 50 %).",
+      "",
+    ]
+  perplexities = ", ".join(
+    f"{when} {found['perplexity']:.1f}"
+    for when, found in suites["text"]["results"].items()
+  )
+  train = [r["time/train_seconds"] for r in rows if "time/train_seconds" in r]
+  return [
+    *lines,
+    f"Held-out text perplexity, in stage II's template: {perplexities}. Wall "
+    f"seconds: {train[-1]:.0f}.",
+    "",
+  ]
+
+
+def main() -> None:
+  """Trains what is missing and writes the page."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--llm", required=True, help="run of unicode_jax.convert")
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--doc", type=pathlib.Path)
+  parser.add_argument("--paradigms", nargs="+", default=PARADIGMS)
+  args = parser.parse_args()
+  runs = {name: args.out / name for name in args.paradigms}
+  for name, run in runs.items():
+    command(
+      "main",
+      *("--config=configs/pretrain.py:smollm2", f"--workdir={run}"),
+      *(f"--config.llm_from={args.llm}", f"--config.codebook.paradigm={name}"),
+    )
+  run = args.out / "stage2"
+  command(
+    "main",
+    *("--config=configs/instruct.py:smollm2", f"--workdir={run}"),
+    f"--config.init_from={runs[args.paradigms[0]]}",
+  )
+  command("evaluate", f"--workdir={run}", f"--suites={SUITES}")
+  if args.doc is None:
+    return
+  above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
+  lines = [above + MARK, "", "## Stage I", "", *stage_one(runs)]
+  lines += ["## Stage II", "", *stage_two(run)]
+  for path in sorted((run / "evaluation/pictures").glob("*.png")):
+    name = f"smollm2_{path.name}"
+    shutil.copyfile(path, args.doc.parent / "pictures" / name)
+    lines += [f"![{path.stem}](pictures/{name})", ""]
+  args.doc.write_text("\n".join(lines), encoding="utf-8")
+  print(f"wrote {args.doc}")
+
+
+if __name__ == "__main__":
+  main()
