@@ -16,7 +16,8 @@ and "greedy" is the share of 5 continuations of 24 tokens that are the same.
 
 Then a model of --parameters million is imported and exported in processes of
 their own; their peak of anonymous memory (what files are mapped is not in it),
-less that of a tiny model's, is divided by the model's size in float32.
+less that of a tiny model's, is divided by the model's size in float32. So is
+that of exporting each of --runs, of any stage with a language model.
 """
 
 import argparse
@@ -302,6 +303,7 @@ def main() -> None:
   parser.add_argument(
     "--parameters", type=float, default=400, help="million; 0 for no memory"
   )
+  parser.add_argument("--runs", nargs="+", default=[], type=pathlib.Path)
   args = parser.parse_args()
   print(
     f"transformers {transformers.__version__}, torch {torch.__version__}, jax "
@@ -335,6 +337,17 @@ def main() -> None:
   print("| | peak over the model's size | seconds |\n|---|---|---|")
   for (what, low, _), (_, peak, seconds) in zip(base, large):
     print(f"| {what} | {(peak - low) / size:.2f} | {seconds:.1f} |")
+  for run in args.runs:
+    with tempfile.TemporaryDirectory() as folder:
+      peak, seconds = peak_anonymous_bytes(
+        "unicode_jax.export", f"--workdir={run}", f"--out={folder}/out"
+      )
+      files = pathlib.Path(folder).glob("out/*.safetensors")
+      size = sum(file.stat().st_size for file in files)
+    low = dict((what, low) for what, low, _ in base)["export"]
+    print(
+      f"| export of {run.name} | {(peak - low) / size:.2f} | {seconds:.1f} |"
+    )
 
 
 if __name__ == "__main__":

@@ -9,20 +9,41 @@ It starts stage I (configs/pretrain.py:smollm2) once per paradigm, stage II
 tables from the runs' own files below a marked line of the page, with pictures
 beside. A run that is there is resumed or read. One run at a time: they take all
 cores.
+
+The texts of training are conversations, and so are the held-out ones: to learn
+their manner looks like learning language. What was known before is measured on
+another text, which no step is trained on: documentation of Python's standard
+library, in rows of 256 tokens.
 """
 
 import argparse
+import importlib
+import inspect
 import json
 import pathlib
+import platform
 import shutil
 import subprocess
 import sys
 
-from unicode_jax import config as config_lib
-from unicode_jax.training import metrics as metrics_lib
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from unicode_jax import config as config_lib, loading
+from unicode_jax.models import llama as llama_lib
+from unicode_jax.training import losses, metrics as metrics_lib
 
 PARADIGMS = ("language_driven", "projected", "dual")
 MARK = "<!-- tables: benchmarks/smollm2.py -->"
+MODULES = (
+  *("argparse", "collections", "difflib", "fractions", "functools"),
+  *("heapq", "json", "logging", "pathlib", "random", "statistics"),
+  *("string", "subprocess", "textwrap", "threading", "unittest"),
+)
+ROWS, ROW_LENGTH = 32, 256
+# Of a held-out set: to ask all takes longer than to train.
+PICTURES = 100
 SUITES = "vqa,caption,text,reconstruction,pictures"
 
 
@@ -31,6 +52,37 @@ def command(module: str, *flags: str) -> None:
   subprocess.run(
     [sys.executable, "-m", f"unicode_jax.{module}", *flags], check=True
   )
+
+
+def documentation() -> str:
+  """Returns what modules, classes and functions say of themselves."""
+  texts = []
+  for name in MODULES:
+    module = importlib.import_module(name)
+    members = [module, *(getattr(module, n) for n in sorted(module.__all__))]
+    texts += [inspect.getdoc(member) or "" for member in members]
+  return "\n\n".join(dict.fromkeys(filter(None, texts)))
+
+
+def other_perplexity(run: pathlib.Path) -> float:
+  """Measures the language model of a run on `documentation`."""
+  llm = loading.load_llm(run)
+  ids = llm.text_tokenizer.encode(documentation())[: ROWS * ROW_LENGTH]
+  rows = jnp.asarray(np.reshape(ids, (ROWS, ROW_LENGTH)), jnp.int32)
+
+  @jax.jit
+  def nats(params, row):
+    hidden, _ = llama_lib.Llama(llm.llama).apply(
+      {"params": params}, row[None, :-1, None], return_hidden=True
+    )
+    return losses.next_token_loss(
+      hidden,
+      llama_lib.head_kernel(params, llm.llama),
+      row[None, 1:],
+      jnp.ones((1, ROW_LENGTH - 1)),
+    )[0]
+
+  return float(np.exp(np.mean([nats(llm.params, row) for row in rows])))
 
 
 def first_and_last(rows, key: str, digits: int) -> str:
@@ -173,12 +225,41 @@ def main() -> None:
     *("--config=configs/instruct.py:smollm2", f"--workdir={run}"),
     f"--config.init_from={runs[args.paradigms[0]]}",
   )
-  command("evaluate", f"--workdir={run}", f"--suites={SUITES}")
+  command(
+    "evaluate",
+    *(f"--workdir={run}", f"--suites={SUITES}", f"--max_images={PICTURES}"),
+  )
   if args.doc is None:
     return
   above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
   lines = [above + MARK, "", "## Stage I", "", *stage_one(runs)]
   lines += ["## Stage II", "", *stage_two(run)]
+  found = {
+    name: other_perplexity(path)
+    for name, path in (
+      ("untouched", pathlib.Path(args.llm)),
+      *((f"after stage I, {name}", path) for name, path in runs.items()),
+      ("after stage II", run),
+    )
+  }
+  lines += [
+    "## Another text",
+    "",
+    f"{ROWS} rows of {ROW_LENGTH} tokens of the documentation in Python "
+    f"{platform.python_version()}'s standard library.",
+    "",
+    *table(
+      ["language model", "perplexity", "against the untouched model"],
+      [
+        [
+          name,
+          f"{value:.2f}",
+          f"{100 * (value / found['untouched'] - 1):+.1f} %",
+        ]
+        for name, value in found.items()
+      ],
+    ),
+  ]
   for path in sorted((run / "evaluation/pictures").glob("*.png")):
     name = f"smollm2_{path.name}"
     shutil.copyfile(path, args.doc.parent / "pictures" / name)

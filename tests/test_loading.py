@@ -118,3 +118,6 @@ def test_folders_that_hold_no_run(stage_one, tmp_path):
     config_lib.ConfigError, match=r"no checkpoint of step 3; it has \[2, 4\]"
   ):
     loading.load(workdir, step=3)
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  with pytest.raises(config_lib.ConfigError, match=r"Hugging Face.*convert"):
+    loading.load(tmp_path)

@@ -1052,6 +1052,11 @@ def read_run(workdir: str | os.PathLike[str]) -> ConfigDict:
     raise ConfigError(
       f"{workdir} holds no run (no config.json in it): {remedy}"
     )
+  if '"model_type"' in path.read_text(encoding="utf-8"):
+    raise ConfigError(
+      f"{workdir} holds a Hugging Face model, not a run: import its language "
+      f"model with python -m unicode_jax.convert --path={workdir} --out=RUN"
+    )
   return from_json(path)
 
 
