@@ -283,7 +283,7 @@ def test_commands(chat, model, notes, pictures, tmp_path):
     "/help",
     "/reset",
     "three?",
-    "/quit",
+    "quit",
     "four?",
   )
   assert answers == ["a", "b", chat_lib.HELP, "c"]

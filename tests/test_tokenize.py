@@ -160,7 +160,8 @@ def test_the_command(start, pictures, tmp_path):
   # Another data set into the same folder.
   done = run(f"--workdir={start}", f"--out={one}")
   assert done.returncode == 2 and done.stdout == ""
-  (line,) = done.stderr.splitlines()
+  note, line = done.stderr.splitlines()
+  assert "trained for 2 of 10 steps" in note
   assert line.startswith("error: ") and "images of folder_train" in line
 
 

@@ -282,7 +282,7 @@ def converse(
     command, _, argument = line.partition(" ")
     argument = argument.strip().strip("\"'")
     try:
-      if command == "/quit":
+      if line in ("/quit", "exit", "quit"):
         return
       elif command == "/reset":
         chat.reset()

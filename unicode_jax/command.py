@@ -33,7 +33,11 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
   except OSError as error:
     if error.filename is None:
       raise
-    _end(2, f"error: {error.strerror}: {str(error.filename)!r}")
+    _end(
+      2,
+      f"error: {error.strerror}: {str(error.filename)!r}: name a file or "
+      "folder that can be used",
+    )
   except config_lib.RunError as error:
     _end(3, f"stopped: {error}")
   except KeyboardInterrupt:

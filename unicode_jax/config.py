@@ -691,6 +691,12 @@ def positions(config: ConfigDict) -> int:
   return (grid // (2 if config.tokenizer.quantizer == "hq" else 1)) ** 2
 
 
+def total_steps(config: ConfigDict) -> int:
+  """Returns the steps of a run, stage I's finetune of the decoder included."""
+  finetune = config.schedule.finetune_steps if config.stage == "pretrain" else 0
+  return config.num_steps + finetune
+
+
 def codes(config: ConfigDict) -> int:
   """Returns about how many ids may be visual codes."""
   reserved = 0 if config.codebook.paradigm == "private" else RESERVED_TOKENS
@@ -817,13 +823,11 @@ def inherit(
     return config
   where = f"init_from={config.init_from!r}"
   if start is None:
-    path = os.path.join(config.init_from, "config.json")
-    if not os.path.isfile(path):
-      raise ConfigError(
-        f"{where} holds no run (no config.json in it): train "
-        f"{_STARTS[config.stage][1]} with --workdir=RUN and set init_from=RUN"
-      )
-    start = from_json(path)
+    start = read_run(
+      config.init_from,
+      f"train {_STARTS[config.stage][1]} with --workdir=RUN and set init_from="
+      "RUN",
+    )
   stages, remedy = _STARTS[config.stage]
   if start.stage not in stages:
     raise ConfigError(
@@ -1031,11 +1035,15 @@ def from_json(path: str | os.PathLike[str]) -> ConfigDict:
   return apply_overrides(default_config(), values)
 
 
-def read_run(workdir: str | os.PathLike[str]) -> ConfigDict:
+def read_run(
+  workdir: str | os.PathLike[str],
+  remedy: str = "name the --workdir of a run of unicode_jax.main",
+) -> ConfigDict:
   """Returns the resolved config of a run.
 
   Args:
     workdir: Run folder.
+    remedy: What to do where there is none.
 
   Raises:
     ConfigError: If the folder holds no run.
@@ -1043,12 +1051,12 @@ def read_run(workdir: str | os.PathLike[str]) -> ConfigDict:
   workdir = pathlib.Path(workdir).expanduser()
   path = workdir / "config.json"
   if not path.is_file():
-    links = sorted(str(found.parent) for found in workdir.glob("*/config.json"))
-    remedy = (
-      f"of its links, name one: {', '.join(links)}"
-      if links
-      else "name the --workdir of a run of unicode_jax.main"
+    links = sorted(
+      workdir.glob("*/config.json"), key=lambda found: found.stat().st_mtime
     )
+    if links:
+      names = ", ".join(str(found.parent) for found in links)
+      remedy = f"of its links, name one: {names}"
     raise ConfigError(
       f"{workdir} holds no run (no config.json in it): {remedy}"
     )

@@ -85,7 +85,7 @@ def encode_sources(
     writer.finish()
     progress.end(
       f"{len(writer.shards)} shards of {sum(map(len, sources))} images in "
-      f"{writer.folder}: train with --config.data.codes={writer.folder}"
+      f"{writer.folder}"
     )
   wait("finished")
 

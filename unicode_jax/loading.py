@@ -13,6 +13,7 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
@@ -191,7 +192,15 @@ def load(
   Raises:
     ConfigError: If the folder holds no run, or no such checkpoint.
   """
+  chosen = step
   workdir, config, step = _find(workdir, step)
+  if chosen is None and step < config_lib.total_steps(config):
+    logging.warning(
+      "%s: trained for %d of %d steps",
+      workdir,
+      step,
+      config_lib.total_steps(config),
+    )
   if config.stage == LLM_STAGE:
     raise config_lib.ConfigError(
       f"{workdir} holds an imported language model, which has seen no image: "

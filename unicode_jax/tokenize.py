@@ -65,6 +65,8 @@ def encode_data_set(
         "images, and the run decides all else"
       )
   # JAX takes seconds to import, so only flags that can work get to it.
+  import jax
+
   from unicode_jax import data as data_lib, encoding, loading
   from unicode_jax.data import views as views_lib
 
@@ -89,6 +91,8 @@ def encode_data_set(
     batch_size=config.data.global_batch_size,
     images_per_shard=images_per_shard,
   )
+  if jax.process_index() == 0:
+    print(f"train with --config.data.codes={out}")
 
 
 def run() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import logging
+import math
 from typing import Any, Protocol
 
 import grain
@@ -118,8 +119,10 @@ class TaskRows:
     self.source, self.codes, self.config = source, codes, config
     self._tokenizer = _CachedEncoder(tokenizer)
     self.examples, lengths, cut = [], [], 0
+    shortest = math.inf
     for example in examples:
       fitted, length = self._fit(example)
+      shortest = min(shortest, length)
       cut += fitted != example or length > config.sequence_length
       if fitted is not None:
         self.examples.append(fitted)
@@ -127,7 +130,8 @@ class TaskRows:
     if not self.examples:
       raise config_lib.ConfigError(
         f"{name}: none of {len(examples)} examples has an answer within "
-        f"text.sequence_length={config.sequence_length} positions: raise it"
+        f"text.sequence_length={config.sequence_length} positions, of which an "
+        f"image takes {config.positions}: raise it to {shortest} or more"
       )
     self.rows = sequences.plan_packing(lengths, config.sequence_length)
     self.max_images = max(

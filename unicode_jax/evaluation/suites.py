@@ -10,6 +10,7 @@ trained, but the judge of drawn pictures.
 """
 
 from collections.abc import Callable
+import itertools
 from pathlib import Path
 import time
 from typing import Any
@@ -54,7 +55,8 @@ def evaluate(
     data: from `bench.load_data`.
     settings: what and how.
     out: folder for the results. Suites that were not asked for stay in it, if
-      they were measured with this checkpoint, data and settings.
+      they were measured with this checkpoint, data and settings; otherwise the
+      folder is renamed, and nothing of it is lost.
     say: gets a line as each suite ends.
     again: whether to measure anew what is there with this checkpoint, data and
       settings.
@@ -72,12 +74,15 @@ def evaluate(
   if {"reconstruction", "generation"} & set(settings.suites):
     _ = bench.networks  # An error is better known before the first suite.
   identity = bench.identity()
-  previous = report.read(out)["suites"]
-  suites = {k: v for k, v in previous.items() if v.get("identity") == identity}
-  if stale := sorted(previous.keys() - suites.keys() - set(settings.suites)):
+  suites = report.read(out)["suites"]
+  if any(entry.get("identity") != identity for entry in suites.values()):
+    suites = {}
+    numbers = itertools.count(1)
+    kept = next(p for n in numbers if not (p := Path(f"{out}_{n}")).exists())
+    out.rename(kept)
     say(
-      f"dropped from {out}: {', '.join(stale)} (of another checkpoint, other "
-      "data or settings)"
+      f"{out} was of another checkpoint, data, settings or version: it is "
+      f"{kept} now"
     )
   results = {"run": bench.facts, "suites": suites}
   for suite in settings.suites:

@@ -366,7 +366,7 @@ class InstructStage:
   def headline(self, metrics) -> str:
     """Says the metrics in a few words."""
     words = {"loss": "loss"} | {
-      name.replace("_loss/", " "): name
+      name.partition("/")[2]: name
       for name in metrics
       if name.startswith(("text_loss/", "image_loss/")) and name.count("/") == 1
     }

@@ -22,6 +22,7 @@ import numpy as np
 
 from unicode_jax import (
   codebook as codebook_lib,
+  config as config_lib,
   data as data_lib,
   loading,
   quantizer as quantizer_lib,
@@ -48,7 +49,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     self.schedule = config.schedule
     self.cycle = config.schedule.tokenizer_steps + config.schedule.llm_steps
     super().__init__(config, data, model, valid)
-    self.total_steps = config.num_steps + config.schedule.finetune_steps
+    self.total_steps = config_lib.total_steps(config)
     self.heldout_text = pipeline.heldout_text_batches(
       data.heldout_texts,
       data.text_tokenizer,
