@@ -282,6 +282,9 @@ def default_config() -> ConfigDict:
   instruct.image_loss_weight = 0.25
   # Packed sequences per step; text.sequence_length positions each.
   instruct.global_batch_size = 16
+  # Rows of each held-out task and source that the last evaluation takes at the
+  # most; earlier ones take 64, or so many if that is less.
+  instruct.heldout_rows = 4096
   # Share of the sequences of each task (need not sum to 1). A task of which the
   # data has no example is left out, and said so.
   instruct.tasks = tasks = ConfigDict()

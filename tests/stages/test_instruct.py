@@ -62,6 +62,7 @@ def shared(stage_one):
 
 def train(shared, workdir, until_step=None, **overrides):
   config, loaded, data = shared
+  overrides = {"instruct.heldout_rows": 8} | overrides
   config = make_config(config.init_from, **overrides)
   stage = instruct.InstructStage(config, data, loaded)
   state = loop.train(
@@ -73,9 +74,6 @@ def train(shared, workdir, until_step=None, **overrides):
 @pytest.fixture(scope="module")
 def runs(shared, tmp_path_factory):
   """One run of each kind: (run folder, stage, final state)."""
-  patch = pytest.MonkeyPatch()
-  patch.setattr(instruct, "FINAL_ROWS", 8)
-  patch.setattr(instruct, "EVALUATED_ROWS", 8)
   made = {}
   for vision in VISIONS:
     workdir = tmp_path_factory.mktemp(vision)
@@ -83,8 +81,7 @@ def runs(shared, tmp_path_factory):
       workdir,
       *train(shared, workdir, **{"instruct.vision": vision}),
     )
-  yield made
-  patch.undo()
+  return made
 
 
 def rows_without_timing(workdir):

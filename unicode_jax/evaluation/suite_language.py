@@ -20,8 +20,6 @@ from unicode_jax.evaluation.bench import Bench, Outcome
 from unicode_jax.models import llama as llama_lib
 from unicode_jax.training import steps
 
-_TEXT_ROWS = 4096  # As training's last evaluation.
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _stage_one_text(model, params, batch):
@@ -60,7 +58,7 @@ def _text_sums(
     forced.mixture_config(loaded, layout, config),
   )
   for batch in mixture_lib.fixed_batches(
-    mixture, 0, config.instruct.global_batch_size, _TEXT_ROWS
+    mixture, 0, config.instruct.global_batch_size, config.instruct.heldout_rows
   ):
     nll, _ = forced.nats_and_hits(loaded.model, loaded.variables, batch)
     nats += float(np.sum(np.asarray(nll) * batch["loss_mask"], dtype=float))

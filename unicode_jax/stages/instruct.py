@@ -46,9 +46,8 @@ from unicode_jax.training import (
   state as state_lib,
 )
 
-# Rows of each group of the held-out mixture that an evaluation takes; at the
-# end of the run all count, up to the second number.
-EVALUATED_ROWS, FINAL_ROWS = 64, 4096
+# Rows of each held-out group that an evaluation before the last takes.
+EVALUATED_ROWS = 64
 _CODES = "codes"  # Of `data.codes="auto"`, in the run folder.
 
 CURVES = {
@@ -337,14 +336,14 @@ class InstructStage:
     was the likeliest; held-out questions are asked one a conversation.
     """
     total = np.zeros((len(self.heldout.groups), 2, 3))
-    result = {}
+    result, most = {}, self.config.instruct.heldout_rows
     for number, group in enumerate(self.heldout.groups):
       right = answers = 0
       for batch in mixture_lib.fixed_batches(
         self.heldout,
         number,
         self.config.instruct.global_batch_size,
-        FINAL_ROWS if final else EVALUATED_ROWS,
+        most if final else min(most, EVALUATED_ROWS),
       ):
         sums, hits = jax.device_get(self._measure(state.variables, batch))
         total += sums
