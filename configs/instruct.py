@@ -10,7 +10,7 @@ Presets, as in --config=configs/instruct.py:debug
   (none)      all tasks on the embedded data           2 CPU cores  7 minutes
   debug       every code path, learns nothing          2 CPU cores  1 minute
   decompress  decompression alone, as pre-training     2 CPU cores  not measured
-  smollm2     SmolLM2-135M, ChatML                     2 CPU cores  not measured
+  smollm2     SmolLM2-135M, ChatML                     2 CPU cores  10 minutes
   paper       LLaVA JSON, LLaMA-7B, Vicuna's template  TPU v5e-64   not yet
 
 "paper" needs several hosts, which are not there yet.
@@ -19,7 +19,7 @@ Baselines of the paper's tables, as settings of the same code:
   --config.instruct.vision=projector --config.data.codes=none   as LLaVA
 
 Expected: not measured; configs/quickstart.py has another mixture, measured in
-docs/stage2.md.
+docs/stage2.md. "smollm2": docs/smollm2.md.
 Reported in the paper: VQAv2 53.1, VizWiz 46.2, POPE 71.8, ImageNet FID 6.72.
 """
 
