@@ -18,7 +18,7 @@ stage2), --config.KEY=VALUE of all. Presets, as in
   preset   stage II           hardware     time
   (none)   2600 + 1800 steps  2 CPU cores  18 minutes
   long     30000 steps        2 CPU cores  2 hours, in one link ("stage2")
-  debug    8 + 8 steps        2 CPU cores  about 2 minutes
+  debug    8 + 8 steps        2 CPU cores  about a minute
 
 Images are 8x8 positions of one code each (VQ): on these few pictures a language
 model of this size learns to read and to draw finer positions sooner than
