@@ -85,9 +85,15 @@ def other_perplexity(run: pathlib.Path) -> float:
   return float(np.exp(np.mean([nats(llm.params, row) for row in rows])))
 
 
+def logged(rows, key: str) -> list[float]:
+  """Returns the values of a key, in order."""
+  return [row[key] for row in rows if key in row]
+
+
 def first_and_last(rows, key: str, digits: int) -> str:
-  """Formats what a key was first, and last."""
-  values = [row[key] for row in rows if key in row]
+  """Formats what a key was first, and last; - where it is not there."""
+  if not (values := logged(rows, key)):
+    return "-"
   return f"{values[0]:.{digits}f} → {values[-1]:.{digits}f}"
 
 
@@ -134,16 +140,10 @@ def stage_one(runs: dict[str, pathlib.Path]) -> list[str]:
       for title, key, digits in shown
     ],
   )
-  perplexities = {
-    name: [
-      r["eval/text_perplexity"] for r in rows if "eval/text_perplexity" in r
-    ]
-    for name, rows in read.items()
-  }
-  seconds = {
-    name: [r["time/train_seconds"] for r in rows if "time/train_seconds" in r]
-    for name, rows in read.items()
-  }
+  perplexities, seconds = (
+    {name: logged(rows, key) for name, rows in read.items()}
+    for key in ("eval/text_perplexity", "time/train_seconds")
+  )
   return [
     *lines,
     "Text perplexity against the untouched model: "
@@ -166,7 +166,7 @@ def stage_two(run: pathlib.Path) -> list[str]:
     f"{task}, {kind}": f"{kind}_loss/{task}"
     for task, weight in config.instruct.tasks.items()
     for kind in ("text", "image")
-    if weight and any(f"{kind}_loss/{task}" in row for row in rows)
+    if weight and logged(rows, f"{kind}_loss/{task}")
   }
   lines = table(
     ["loss, first → last", "training", "held out"],
@@ -174,9 +174,7 @@ def stage_two(run: pathlib.Path) -> list[str]:
       [
         title,
         first_and_last(rows, key, 2),
-        first_and_last(rows, f"eval/{key}", 2)
-        if any(f"eval/{key}" in row for row in rows)
-        else "-",
+        first_and_last(rows, f"eval/{key}", 2),
       ]
       for title, key in keys.items()
     ],
@@ -193,11 +191,10 @@ def stage_two(run: pathlib.Path) -> list[str]:
     f"{when} {found['perplexity']:.1f}"
     for when, found in suites["text"]["results"].items()
   )
-  train = [r["time/train_seconds"] for r in rows if "time/train_seconds" in r]
   return [
     *lines,
     f"Held-out text perplexity, in stage II's template: {perplexities}. Wall "
-    f"seconds: {train[-1]:.0f}.",
+    f"seconds: {logged(rows, 'time/train_seconds')[-1]:.0f}.",
     "",
   ]
 

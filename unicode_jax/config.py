@@ -8,7 +8,7 @@ models never see a `ConfigDict`: stages build frozen dataclasses from it.
 """
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import difflib
 import fnmatch
 import functools
@@ -659,18 +659,6 @@ _WANTED = {
   str: "text",
 }
 
-# Where "~" is the user's own folder.
-_FOLDERS = (
-  "init_from",
-  "llm_from",
-  "data.cache_dir",
-  "data.captions",
-  "data.codes",
-  "data.conversations",
-  "data.path",
-  "text.tokenizer_path",
-  "tokenizer.loss.perceptual_weights",
-)
 # Paths that must exist when set, and what must be there.
 _PATHS = (
   ("data.path", os.path.isdir, "a folder"),
@@ -680,6 +668,8 @@ _PATHS = (
   ("text.tokenizer_path", os.path.exists, "a file or folder"),
   ("tokenizer.loss.perceptual_weights", os.path.exists, "a file or folder"),
 )
+# Where "~" is the user's own folder.
+_FOLDERS = {"init_from", "llm_from", "data.cache_dir", *(p[0] for p in _PATHS)}
 
 
 def downsampling(config: ConfigDict) -> int:
@@ -1069,6 +1059,23 @@ def read_run(
       f"model with python -m unicode_jax.convert --path={workdir} --out=RUN"
     )
   return from_json(path)
+
+
+def starts(config: ConfigDict) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
+  """Yields the runs that a run of stage II goes on from, as far as they exist.
+
+  Args:
+    config: Of that run, or of another stage, which yields nothing.
+
+  Yields:
+    Run folder and config, the nearest first; that of stage I is the last.
+  """
+  while config.stage == "instruct":
+    workdir = pathlib.Path(config.init_from)
+    if not (workdir / "config.json").is_file():
+      return
+    config = read_run(workdir)
+    yield workdir, config
 
 
 def load(spec: str) -> ConfigDict:

@@ -194,17 +194,17 @@ def load(
   """
   chosen = step
   workdir, config, step = _find(workdir, step)
+  if config.stage == LLM_STAGE:
+    raise config_lib.ConfigError(
+      f"{workdir} holds an imported language model, which has seen no image: "
+      f"train stage I from it with --config.llm_from={workdir}"
+    )
   if chosen is None and step < config_lib.total_steps(config):
     logging.warning(
       "%s: trained for %d of %d steps",
       workdir,
       step,
       config_lib.total_steps(config),
-    )
-  if config.stage == LLM_STAGE:
-    raise config_lib.ConfigError(
-      f"{workdir} holds an imported language model, which has seen no image: "
-      f"train stage I from it with --config.llm_from={workdir}"
     )
   model = build_model(config)
   shapes = jax.eval_shape(

@@ -68,9 +68,10 @@ def _text_sums(
 
 def _stage_one(config) -> loading.Loaded:
   """Loads the run that stage II began from, be it in several runs."""
-  while config.stage == "instruct":
-    start = config.init_from
-    config = config_lib.read_run(start)
+  start = config.init_from
+  for _, earlier in config_lib.starts(config):
+    if earlier.stage == "instruct":
+      start = earlier.init_from
   return loading.load(start)
 
 

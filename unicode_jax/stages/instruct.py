@@ -457,13 +457,11 @@ def _earlier_codes(loaded: loading.Loaded) -> Iterator[pathlib.Path]:
 
   They have the same tokenizer.
   """
-  workdir, config = loaded.workdir, loaded.config
-  while config.stage == "instruct":
+  runs = (loaded.workdir, loaded.config), *config_lib.starts(loaded.config)
+  for workdir, config in runs:
+    if config.stage != "instruct":
+      return
     own = config.data.codes in (None, "auto")
     folder = workdir / _CODES if own else pathlib.Path(config.data.codes)
     if folder.is_dir():
       yield folder
-    workdir = pathlib.Path(config.init_from)
-    if not (workdir / "config.json").is_file():
-      return
-    config = config_lib.read_run(workdir)
