@@ -246,6 +246,7 @@ class InstructStage:
         self.optimizer,
         num_groups=len(self.mixture.groups),
         image_loss_weight=instruct.image_loss_weight,
+        microbatches=instruct.microbatches,
       ),
       items=instruct.global_batch_size * config.text.sequence_length,
       unit="tokens",
@@ -259,7 +260,7 @@ class InstructStage:
     start, self._start = self._start, None
     if start is None:
       raise RuntimeError("a stage starts once: make another")
-    return jax.device_put(start, sharding.fsdp_shardings(start, mesh))
+    return jax.device_put(start, sharding.state_shardings(start, mesh))
 
   def init(self, key: jax.Array, start) -> state_lib.TrainState:
     """Puts the start into a training state."""
@@ -277,7 +278,7 @@ class InstructStage:
       opt_state={"instruct": self.optimizer.init(groups)},
     )
 
-  def make_iterators(self):
+  def make_iterators(self, start):
     """Opens the stream of packed rows."""
     return {
       "mixture": mixture_lib.mixture_iterator(
@@ -287,6 +288,7 @@ class InstructStage:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=self.config.data.num_workers,
+        start=start["mixture"],
       )
     }
 
@@ -325,9 +327,10 @@ class InstructStage:
       name: variables.params[name]
       for name in instruct_step.trained_groups(self.model)
     }
+    batch = sharding.constrain_batch(batch)
     _, aux = instruct_step.instruct_loss(self.model, groups, variables, batch)
     sums = instruct_step.loss_sums(batch, aux, len(self.heldout.groups))
-    return sums, aux["hits"]
+    return sharding.replicate((sums, aux["hits"]))
 
   def evaluate(self, state, *, final: bool) -> dict[str, float]:
     """Measures held-out rows of every task, the right answers before given.

@@ -172,7 +172,7 @@ class TokenizerStage:
       },
     )
 
-  def make_iterators(self):
+  def make_iterators(self, start):
     """Opens the stream of images."""
     settings = self.config.data
     return {
@@ -187,6 +187,7 @@ class TokenizerStage:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=settings.num_workers,
+        start=start["image"],
       )
     }
 

@@ -94,8 +94,12 @@ class Stage(Protocol):
   def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
     """Draws the initial state."""
 
-  def make_iterators(self) -> dict[str, Any]:
-    """Opens the grain iterator of every stream."""
+  def make_iterators(self, start: Mapping[str, int]) -> dict[str, Any]:
+    """Opens the grain iterator of every stream.
+
+    Args:
+      start: Batches to leave out, by stream; 0 where there is no entry.
+    """
 
   def phase(self, step: int) -> Phase:
     """Returns what to do at a step (0-based)."""
@@ -148,6 +152,7 @@ class _Programs:
     self._shardings = shardings
     self._metrics = sharding.replicated(mesh)
     self._compiled: dict[Any, Callable] = {}
+    self._constants: dict[Phase, Any] = {}
 
   def _get(self, function, out_shardings):
     if function not in self._compiled:
@@ -159,7 +164,10 @@ class _Programs:
   def step(self, phase: Phase, state, batch):
     """Runs a phase's step; the state is donated."""
     program = self._get(phase.step, (self._shardings, self._metrics))
-    return program(state, batch, phase.constants)
+    if phase not in self._constants:
+      constants = jax.device_put(phase.constants, self._metrics)
+      self._constants[phase] = constants
+    return program(state, batch, self._constants[phase])
 
   def move(self, transition: Transition, state):
     """Runs a transition; the state is donated."""
@@ -256,11 +264,10 @@ def _train(stage, workdir, config, mesh, until_step):
   checkpointer = checkpoint_lib.Checkpointer(
     workdir / "checkpoints", config.keep_checkpoints
   )
-  iterators = stage.make_iterators()
   key = jax.random.key(config.seed)
   start = stage.start(mesh)
   shapes = jax.eval_shape(stage.init, key, start)
-  shardings = sharding.fsdp_shardings(shapes, mesh)
+  shardings = sharding.state_shardings(shapes, mesh)
   latest = checkpointer.latest_step()
   if latest is None:
     state = jax.jit(
@@ -269,9 +276,13 @@ def _train(stage, workdir, config, mesh, until_step):
     step, record = 0, {"alarm_below_since": None, "train_seconds": 0.0}
   else:
     target = checkpoint_lib.abstract(shapes, shardings)
-    state, record = checkpointer.restore(latest, target, iterators)
+    state, record = checkpointer.restore(latest, target)
     step = latest
   del start
+  # Each step takes one batch of its phase's stream.
+  iterators = stage.make_iterators(
+    collections.Counter(stage.phase(s).stream for s in range(step))
+  )
   stop_at = stage.total_steps
   if until_step is not None:
     stop_at = min(stop_at, until_step)
@@ -301,7 +312,6 @@ def _train(stage, workdir, config, mesh, until_step):
     checkpointer.save(
       step,
       state,
-      iterators,
       dict(config.record)
       | {
         "alarm_below_since": alarm.below_since,
