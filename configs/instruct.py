@@ -91,7 +91,9 @@ PRESETS = {
     "instruct.global_batch_size": 128,
     "optimizer.instruct.learning_rate": 2e-5,
     "optimizer.instruct.warmup_steps": 450,
-    "mesh.fsdp": 64,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": 2,
   },
 }
 

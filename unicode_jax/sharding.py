@@ -205,6 +205,33 @@ def constrain_batch(batch):
   )
 
 
+def constrain_parameters(params, num_stacked: int = 0):
+  """Says that a layer's parameters, and so their gradients, stay split.
+
+  Otherwise the compiler may add up whole gradients on every device.
+
+  Args:
+    params: Tree of arrays of one layer.
+    num_stacked: Layers in the stack that they are a slice of, 0 for none.
+
+  Returns:
+    The same tree.
+  """
+  mesh = active_mesh()
+  if mesh is None:
+    return params
+
+  def one(path, x):
+    if num_stacked:
+      name, shape = f"layers/{_name(path)}", (num_stacked, *x.shape)
+      spec = PartitionSpec(*tuple(_spec(name, shape, mesh))[1:])
+    else:
+      spec = _spec(_name(path), x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def replicate(tree):
   """Says that results are whole on every device: each process can read them."""
   if active_mesh() is None:
@@ -289,6 +316,26 @@ def state_shardings(tree, mesh: Mesh):
   return jax.tree_util.tree_map_with_path(choose, tree)
 
 
+def put_state(tree, mesh: Mesh):
+  """Puts arrays where `state_shardings` says.
+
+  Args:
+    tree: Tree of arrays, spread over all processes, or the same in each.
+    mesh: The mesh.
+
+  Returns:
+    Tree of jax.Array.
+  """
+
+  def known_to_all(x):
+    # What lies on a device of this process alone cannot be sent from there.
+    several = jax.process_count() > 1 and isinstance(x, jax.Array)
+    return np.asarray(x) if several and x.is_fully_addressable else x
+
+  shardings = state_shardings(tree, mesh)
+  return jax.device_put(jax.tree.map(known_to_all, tree), shardings)
+
+
 def _name(path) -> str:
   """Returns a leaf's path as "params/llm/lm_head/kernel"."""
   keys = (
@@ -316,23 +363,19 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
   if fsdp == 1:
     return PartitionSpec(*entries)
 
+  local = [s // mesh.shape.get(e, 1) for s, e in zip(shape, entries)]
+
   def padded_bytes(axis):
-    tail = [
-      size // (fsdp if i == axis else 1) // mesh.shape.get(entries[i], 1)
-      for i, size in enumerate(shape)
-    ]
-    padding = (1,) * (len(tail) - 2) + _TILE[-len(tail) :]
-    return math.prod(-(-s // p) * p for s, p in zip(tail, padding))
+    part = [s // fsdp if i == axis else s for i, s in enumerate(local)]
+    padding = (1,) * (len(part) - 2) + _TILE[-len(part) :]
+    return math.prod(-(-s // p) * p for s, p in zip(part, padding))
 
   # Not over layers, of which a step of the scan wants one on every device.
-  first = 1 if "/layers/" in name else 0
-  free = [
-    axis
-    for axis in range(first, len(shape))
-    if entries[axis] is None and shape[axis] % fsdp == 0
-  ]
+  first = 1 if "layers/" in name else 0
+  free = [a for a in range(first, len(shape)) if local[a] % fsdp == 0]
   if free:
-    entries[min(free, key=lambda a: (padded_bytes(a), -shape[a]))] = "fsdp"
+    best = min(free, key=lambda a: (padded_bytes(a), -shape[a]))
+    entries[best] = (entries[best], "fsdp") if entries[best] else "fsdp"
   return PartitionSpec(*entries)
 
 

@@ -189,8 +189,12 @@ class _Weight(nn.Module):
     return self.param(self.leaf, self.init, self.shape)
 
 
-def _swiglu(x_E, gate_EF, up_EF, down_FE):
-  return (jax.nn.silu(x_E @ gate_EF) * (x_E @ up_EF)) @ down_FE
+def _swiglu(x, gate_EF, up_EF, down_FE):
+  """Maps [..., E] to [..., E]."""
+  hidden = jax.nn.silu(x @ gate_EF) * (x @ up_EF)
+  if hidden.ndim == 3:
+    hidden = sharding.constrain(hidden, "batch", "length", "mlp")
+  return hidden @ down_FE
 
 
 class MLP(nn.Module):
@@ -207,6 +211,8 @@ class MLP(nn.Module):
     up = _Weight((E, F), _in_init, name="up_proj")()
     down = _Weight((F, E), config.out_init, name="down_proj")()
     weights = [w.astype(config.dtype) for w in (gate, up, down)]
+    if sharding.active_mesh() is not None:
+      return _swiglu(x, *weights)
     out_NE = blockwise(
       lambda x_E: _swiglu(x_E, *weights),
       x.reshape(-1, E),
@@ -241,9 +247,13 @@ class DecoderLayer(nn.Module):
     rms_norm = functools.partial(norm.RMSNorm, config.norm_eps, config.dtype)
     y = rms_norm(name="attention_norm")(x)
     y, cache = attend(y, rope_table, queries, keys, start, cache)
-    x = _residual(x + y)
+    x += _residual(y)
     y = MLP(config, name="mlp")(rms_norm(name="mlp_norm")(x))
-    return _residual(x + y), cache
+    return x + _residual(y), cache
+
+
+def _split_parameters(variables, num_stacked):
+  return sharding.constrain_parameters(variables, num_stacked)
 
 
 def _residual(x_BTE):
@@ -338,6 +348,13 @@ class Llama(nn.Module):
     config = self.config
     policy = REMAT_POLICIES[config.remat_policy]
     layer = DecoderLayer
+    if sharding.active_mesh() is not None and not self.is_initializing():
+      num_stacked = config.num_layers if config.scan_layers else 0
+      layer = nn.map_variables(
+        layer,
+        "params",
+        functools.partial(_split_parameters, num_stacked=num_stacked),
+      )
     if config.remat_policy != "none" and cache is None:
       layer = nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
     if config.scan_layers and cache is None:

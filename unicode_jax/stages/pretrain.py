@@ -44,7 +44,7 @@ CURVES = tokenizer_stage.CURVES | {
 class PretrainStage(tokenizer_stage.TokenizerStage):
   """The alternation, and the decoder-only finetune after it."""
 
-  def __init__(self, config, data: data_lib.Data, model, valid: np.ndarray):
+  def __init__(self, config, data: data_lib.Data | None, model, valid):
     """Prepares the steps; see the base class for the arguments."""
     self.schedule = config.schedule
     self.cycle = config.schedule.tokenizer_steps + config.schedule.llm_steps
@@ -74,7 +74,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       )
     if not params:
       return None
-    return jax.device_put(params, sharding.state_shardings(params, mesh))
+    return sharding.put_state(params, mesh)
 
   def _tokenizer_updates(self) -> int:
     cycles, rest = divmod(self.config.num_steps, self.cycle)

@@ -145,33 +145,51 @@ class Stage(Protocol):
     """Says the metrics in a few words, for the progress line."""
 
 
+def jit_step(phase: Phase, shardings, mesh: jax.sharding.Mesh) -> Callable:
+  """Makes the program of a phase.
+
+  Args:
+    phase: What it does.
+    shardings: Of the state.
+    mesh: Device mesh.
+
+  Returns:
+    (state, batch, constants) -> (state, metrics); the state is donated, and the
+    metrics are whole on every device.
+  """
+  return jax.jit(
+    phase.step,
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+
+
 class _Programs:
   """Compiles every step and transition once, and keeps the state in place."""
 
   def __init__(self, shardings, mesh: jax.sharding.Mesh):
-    self._shardings = shardings
-    self._metrics = sharding.replicated(mesh)
-    self._compiled: dict[Any, Callable] = {}
-    self._constants: dict[Phase, Any] = {}
-
-  def _get(self, function, out_shardings):
-    if function not in self._compiled:
-      self._compiled[function] = jax.jit(
-        function, donate_argnums=0, out_shardings=out_shardings
-      )
-    return self._compiled[function]
+    self._shardings, self._mesh = shardings, mesh
+    self._steps: dict[Phase, tuple[Callable, Any]] = {}
+    self._moves: dict[Transition, Callable] = {}
 
   def step(self, phase: Phase, state, batch):
     """Runs a phase's step; the state is donated."""
-    program = self._get(phase.step, (self._shardings, self._metrics))
-    if phase not in self._constants:
-      constants = jax.device_put(phase.constants, self._metrics)
-      self._constants[phase] = constants
-    return program(state, batch, self._constants[phase])
+    if phase not in self._steps:
+      everywhere = sharding.replicated(self._mesh)
+      self._steps[phase] = (
+        jit_step(phase, self._shardings, self._mesh),
+        jax.device_put(phase.constants, everywhere),
+      )
+    program, constants = self._steps[phase]
+    return program(state, batch, constants)
 
   def move(self, transition: Transition, state):
     """Runs a transition; the state is donated."""
-    return self._get(transition, self._shardings)(state)
+    if transition not in self._moves:
+      self._moves[transition] = jax.jit(
+        transition, donate_argnums=0, out_shardings=self._shardings
+      )
+    return self._moves[transition](state)
 
 
 class _Clock:
