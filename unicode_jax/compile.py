@@ -25,7 +25,6 @@ from absl import flags
 from unicode_jax import command, config as config_lib
 
 _SHOWN = 8  # Collectives in the report.
-_GIB = 2**30
 # What the data is does not change a program.
 _DATA_KEYS = ("path", "captions", "conversations", "tfds")
 
@@ -153,7 +152,7 @@ def get_devices(topology: str) -> Sequence:
     reason = str(error).splitlines()[0]
     remedy = (
       'install the compiler with pip install "unicode_jax[tpu]"'
-      if "libtpu" in reason or "tpu_library" in reason
+      if "not installed" in reason or "libtpu" in reason
       else "use one such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
     )
     raise config_lib.ConfigError(
@@ -250,11 +249,13 @@ def describe(report: Report) -> Iterator[str]:
     )
     return
   parts = report.arguments, report.temporaries, report.outputs
-  total = sum(parts) / _GIB
-  line = "  memory of a chip: {:.2f} GiB arguments + {:.2f} temporaries + {:.2f}"
-  line = line.format(*(part / _GIB for part in parts)) + f" new = {total:.2f}"
+  arguments, temporaries, outputs = map(_size, parts)
+  line = (
+    f"  memory of a chip: {arguments} arguments + {temporaries} temporaries + "
+    f"{outputs} new = {_size(sum(parts))}"
+  )
   if report.memory:
-    line += f" of {report.memory / _GIB:.0f} GiB"
+    line += f" of {_size(report.memory)}"
   yield line
   if report.flops:
     again = report.executed_flops / report.flops
@@ -277,16 +278,24 @@ def describe(report: Report) -> Iterator[str]:
     )
   total = sum(c[4] for c in report.collectives)
   yield (
-    f"  {len(report.collectives)} kinds of exchanges, {total / 1e9:.3g} GB to a "
-    "chip; the largest:"
+    f"  {len(report.collectives)} kinds of exchanges, {_size(total)} to a chip; "
+    "the largest:"
   )
   for kind, shape, group, times, size, source in report.collectives[:_SHOWN]:
     place = source.rpartition("/")[0].replace("/closed_call", "")[-48:]
     yield (
-      f"    {size / 1e9:8.3f} GB  {times:3d} x {kind} {shape[:44]} over {group}"
+      f"    {_size(size):>8}  {times:3d} x {kind} {shape[:44]} over {group}"
       f"  {place}"
     )
   yield f"  compiled in {report.compile_seconds:.0f} s"
+
+
+def _size(count: float) -> str:
+  """Formats bytes, in powers of 1000."""
+  for unit, size in (("GB", 1e9), ("MB", 1e6)):
+    if count >= size:
+      return f"{count / size:.3g} {unit}"
+  return f"{count / 1e3:.3g} kB"
 
 
 def meshes(config, num_devices: int) -> Iterator[dict[str, int]]:
@@ -429,7 +438,7 @@ def _rank_line(reports: Sequence[Report]) -> str:
     f"{r.program} {r.step_seconds:.4g} s (MFU {100 * r.mfu_bound:.0f} %)"
     for r in reports
   )
-  return f"  {mesh}: {steps}, {most / _GIB:.1f} GiB"
+  return f"  {mesh}: {steps}, {_size(most)}"
 
 
 def run() -> None:

@@ -192,6 +192,8 @@ def _collective(line: str, times: int, num_devices: int) -> Collective | None:
     arrays = arrays[len(arrays) // 2 :]  # Operands come first.
   size = sum(_BYTES[name] * count for name, count in arrays)
   group = _group_size(line, num_devices)
+  if group == 1:
+    return None
   # What a ring passes through every device.
   share = (group - 1) / group
   received = {
