@@ -557,7 +557,7 @@ def test_devices_that_fit(devices):
       ["llm.num_heads=6", "mesh.tensor=4", "divisor"],
     ),
     (
-      INSTRUCT | {"instruct.microbatches": 4},
+      INSTRUCT | {"microbatches": 4},
       8,
       ["instruct.global_batch_size=16", "microbatches", "such as 32"],
     ),

@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "unicode_jax"
 FLOORS = (
-  ("config", "sharding"),
+  ("config", "sharding", "compiled"),
   ("command", "kernels", "nn"),
   ("codebook", "quantizer"),
   ("models",),

@@ -77,6 +77,9 @@ def default_config() -> ConfigDict:
   # Steps of the alternation, tokenizer and LLM together. The decoder-only steps
   # after it (schedule.finetune_steps) come on top.
   config.num_steps = 900
+  # Parts of a batch of text, or of stage II, that a step computes one after the
+  # other: the same step, in less memory.
+  config.microbatches = 1
   # Periods, steps. Each also happens once at the end of the run.
   config.log_every = 50
   config.eval_every = 450
@@ -139,9 +142,6 @@ def default_config() -> ConfigDict:
   # Tokens in one packed sequence, and sequences per LLM step.
   text.sequence_length = 128
   text.global_batch_size = 8
-  # Parts of a batch that a step computes one after the other: the same step, in
-  # less memory.
-  text.microbatches = 1
   # Share of the documents that is never trained on.
   text.heldout_fraction = 0.1
   # Tokens of the vocabulary that open and close an image; never visual codes.
@@ -290,8 +290,6 @@ def default_config() -> ConfigDict:
   instruct.image_loss_weight = 0.25
   # Packed sequences per step; text.sequence_length positions each.
   instruct.global_batch_size = 16
-  # As text.microbatches.
-  instruct.microbatches = 1
   # Rows of each held-out task and source that the last evaluation takes at the
   # most; earlier ones take 64, or so many if that is less.
   instruct.heldout_rows = 4096
@@ -944,11 +942,10 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
   shards = num_devices // tensor
   groups = {"instruct": ("instruct",), "tokenizer": ("data",)}
   for name in groups.get(config.stage, ("data", "text")):
-    settings = config[name]
-    parts = shards * settings.get("microbatches", 1)
-    batch = settings.global_batch_size
+    batch = config[name].global_batch_size
+    parts = shards * (1 if name == "data" else config.microbatches)
     if batch % parts:
-      times = f" times {name}.microbatches" if parts > shards else ""
+      times = " times microbatches" if parts > shards else ""
       raise ConfigError(
         f"{name}.global_batch_size={batch} does not split over {shards} "
         f"devices (mesh.data x mesh.fsdp{times}): set it to a multiple of "

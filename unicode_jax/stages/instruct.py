@@ -207,7 +207,7 @@ def make_phase(config, model: unicode_lib.UniCode, num_groups: int):
       make_optimizer(config),
       num_groups=num_groups,
       image_loss_weight=instruct.image_loss_weight,
-      microbatches=instruct.microbatches,
+      microbatches=config.microbatches,
     ),
     items=instruct.global_batch_size * config.text.sequence_length,
     unit="tokens",
@@ -231,8 +231,7 @@ def initial_state(
   model_key, run_key = jax.random.split(key)
   variables = extend(model, model_key, variables)
   groups = {
-    name: variables.params[name]
-    for name in instruct_step.trained_groups(model)
+    name: variables.params[name] for name in instruct_step.trained_groups(model)
   }
   return state_lib.TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -98,7 +98,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       name="llm",
       stream="text",
       step=steps.make_llm_step(
-        self.model, self.optimizers["llm"], text.microbatches
+        self.model, self.optimizers["llm"], self.config.microbatches
       ),
       items=text.global_batch_size * text.sequence_length,
       unit="tokens",

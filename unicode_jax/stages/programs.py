@@ -83,6 +83,9 @@ def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
   shardings = sharding.state_shardings(state, mesh)
   everywhere = sharding.replicated(mesh)
   size = sum(x.size for x in jax.tree.leaves(state.variables.params))
+  per_token = 0.0
+  if model.llama is not None:
+    per_token = 3 * llm_flops(model.llama, config.text.sequence_length)
   return [
     Program(
       name=phase.name,
@@ -94,9 +97,7 @@ def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
       ),
       unit=phase.unit,
       items=phase.items,
-      flops=None
-      if phase.unit == "images"
-      else 3 * llm_flops(model.llama, config.text.sequence_length) * phase.items,
+      flops=None if phase.unit == "images" else per_token * phase.items,
       num_parameters=size,
     )
     for phase in phases

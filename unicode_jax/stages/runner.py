@@ -34,9 +34,7 @@ def load_data(
   """
   text = None
   if with_text:
-    settings = dict(config.text)
-    del settings["microbatches"]  # Of the step, not of the data.
-    text = data_lib.TextConfig(**settings)
+    text = data_lib.TextConfig(**config.text)
     if tokenizer_path is not None:
       text = dataclasses.replace(text, tokenizer_path=tokenizer_path)
   return data_lib.load_data(

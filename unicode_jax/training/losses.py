@@ -28,8 +28,8 @@ def next_token_loss(
   """Averages the cross entropy of the labels over the unmasked positions.
 
   Differentiable once, in `hidden` and `head_kernel` only, and only the loss.
-  On the mesh that is set, B is split over its axes `data` and `fsdp`, and K over
-  `tensor`, where they divide.
+  On the mesh that is set, B is split over its axes `data` and `fsdp`, and K
+  over `tensor`, where they divide.
 
   Args:
     hidden: [B, T, E], the model's last hidden states, any float dtype; the
@@ -58,9 +58,7 @@ def next_token_loss(
       f"{head_kernel.shape}"
     )
   num_tokens = loss_mask.astype(jnp.float32).sum()
-  total, nll, hits = _summed_loss(
-    chunk, hidden, head_kernel, labels, loss_mask
-  )
+  total, nll, hits = _summed_loss(chunk, hidden, head_kernel, labels, loss_mask)
   loss = total / jnp.where(num_tokens > 0, num_tokens, 1.0)
   return loss, {
     "num_tokens": num_tokens,

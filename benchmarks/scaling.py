@@ -1,0 +1,149 @@
+r"""Compiles the paper's presets for slices of TPUs, and tables what comes out.
+
+  pip install -e ".[tpu]"
+  python benchmarks/scaling.py --out=runs/scaling --doc=docs/scaling.md
+
+No TPU is needed. Each topology and stage is one run of `unicode_jax.compile` in
+a process of its own, one to three minutes long; one whose result is there
+already is not run again. The tables go below a marked line of the page.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+
+from unicode_jax import compiled
+
+MARK = "<!-- tables: benchmarks/scaling.py -->"
+CONFIGS = {
+  "pretrain": "configs/pretrain.py:paper",
+  "instruct": "configs/instruct.py:paper",
+}
+# Slices, and what they need beside the preset to fit or to fill them.
+SLICES = {
+  "v5e:2x4": {"mesh.tensor": 1, "microbatches": 8},
+  "v5e:4x8": {"mesh.tensor": 1, "microbatches": 2},
+  "v5e:8x8": {"mesh.tensor": 1},
+  "v5e:8x16": {"mesh.tensor": 1},
+  "v5e:16x16": {},
+  "v5p:4x4x4": {"mesh.tensor": 1},
+  "v6e:8x8": {"mesh.tensor": 1},
+  "v6e:16x16": {},
+}
+# Of which the full reports are shown.
+SHOWN = ("v5e:16x16", "v5p:4x4x4")
+
+
+def compiled_reports(out: pathlib.Path, slice_name: str, stage: str) -> dict:
+  """Compiles a stage for a slice, if that was not done yet.
+
+  Args:
+    out: Folder of results.
+    slice_name: Topology.
+    stage: Of `CONFIGS`.
+
+  Returns:
+    "reports", a list of `stages.compilation.Report` as dicts, and "text", what
+    the command printed.
+  """
+  path = out / f"{slice_name.replace(':', '-')}-{stage}.json"
+  if not path.exists():
+    flags = [f"--config.{k}={v}" for k, v in SLICES[slice_name].items()]
+    raw = path.with_suffix(".raw")
+    command = [
+      *(sys.executable, "-m", "unicode_jax.compile"),
+      *(f"--config={CONFIGS[stage]}", f"--topology={slice_name}"),
+      *(f"--json={raw}", f"--decode={slice_name in SHOWN}".lower()),
+      *flags,
+    ]
+    print(" ".join(command[2:]), flush=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 3):  # 3: it does not fit.
+      raise SystemExit(f"the command ended with status {done.returncode}")
+    reports = json.loads(raw.read_text())
+    path.write_text(json.dumps({"reports": reports, "text": done.stdout}))
+    raw.unlink()
+  return json.loads(path.read_text())
+
+
+def row(slice_name: str, report: dict) -> str:
+  """Makes a row of the table out of a report."""
+  mesh = " x ".join(str(n) for n in report["mesh"].values())
+  cells = [slice_name, report["program"], mesh, str(report["microbatches"])]
+  if not report["fits"]:
+    reason = report["problem"].splitlines()[0]
+    return f"| {' | '.join([*cells, reason, '', '', '', ''])} |"
+  memory = sum(report[k] for k in ("arguments", "temporaries", "outputs"))
+  work, links = report["compute_seconds"], report["link_seconds"]
+  seconds = max(work, links)
+  chips = 1
+  for size in report["mesh"].values():
+    chips *= size
+  cells += [
+    f"{memory / 1e9:.1f} of {report['memory'] / 1e9:.1f} GB",
+    f"{work:.3f}",
+    f"{links:.3f}",
+    f"{100 * report['mfu_bound']:.0f} %",
+    f"{1000 * seconds * chips / 3600:.1f}",
+  ]
+  return f"| {' | '.join(cells)} |"
+
+
+def tables(out: pathlib.Path) -> list[str]:
+  """Compiles what is missing, and returns the lines of the page."""
+  found = {
+    (name, stage): compiled_reports(out, name, stage)
+    for name in SLICES
+    for stage in CONFIGS
+  }
+  lines = [
+    f"jax {importlib.metadata.version('jax')}, libtpu "
+    f"{importlib.metadata.version('libtpu')}; mesh: data x fsdp x tensor.",
+    "",
+    "| slice | program | mesh | microbatches | memory of a chip | work, s | "
+    "links, s | MFU bound | chip-hours for 1000 steps, at least |",
+    "|---" * 9 + "|",
+  ]
+  for (name, _), result in found.items():
+    lines += [
+      row(name, report)
+      for report in result["reports"]
+      if report["program"] != "decode"
+    ]
+  lines += ["", "Beside the preset: "]
+  lines[-1] += "; ".join(
+    f"{name} " + " ".join(f"--config.{k}={v}" for k, v in values.items())
+    for name, values in SLICES.items()
+    if values
+  )
+  lines += [".", ""]
+  for name in SHOWN:
+    for stage, config in CONFIGS.items():
+      lines += [f"## {config} on {name}", "", "```"]
+      lines += [found[name, stage]["text"].rstrip(), "```", ""]
+  return lines
+
+
+def main() -> None:
+  """Writes the tables."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", type=pathlib.Path, required=True)
+  parser.add_argument("--doc", type=pathlib.Path)
+  args = parser.parse_args()
+  args.out.mkdir(parents=True, exist_ok=True)
+  lines = tables(args.out)
+  if args.doc is None:
+    print("\n".join(lines))
+    return
+  above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
+  args.doc.write_text("\n".join([above + MARK, "", *lines]), encoding="utf-8")
+  print(f"wrote {args.doc}")
+
+
+if __name__ == "__main__":
+  main()
