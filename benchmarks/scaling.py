@@ -15,8 +15,6 @@ import pathlib
 import subprocess
 import sys
 
-from unicode_jax import compiled
-
 MARK = "<!-- tables: benchmarks/scaling.py -->"
 CONFIGS = {
   "pretrain": "configs/pretrain.py:paper",
