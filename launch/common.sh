@@ -80,10 +80,11 @@ parse() {
 # Refuses a setting that is missing or looks wrong: check NAME PATTERN EXAMPLE.
 check() {
   local flag value=${!1:-}
+  [[ -z $value || $value == *[[:cntrl:]]* || ! $value =~ ^($2)$ ]] || return 0
   flag=--$(tr '[:upper:]' '[:lower:]' <<<"$1")
   [[ -n $value ]] || die "$flag is missing: $flag=$3, or $1 in the environment"
   [[ $value != *[[:cntrl:]]* ]] || die "$flag has control characters: $flag=$3"
-  [[ $value =~ ^($2)$ ]] || die "$flag='$value' cannot be used: $flag=$3"
+  die "$flag='$value' cannot be used: $flag=$3"
 }
 
 check_run() { check RUN '[a-z]([a-z0-9-]{0,26}[a-z0-9])?' 'NAME of up to 28 small letters, digits and hyphens'; }
@@ -131,7 +132,7 @@ check_accelerator() {
         1) TOPOLOGY=1x1 ;; 4) TOPOLOGY=2x2 ;; 8) TOPOLOGY=2x4 ;;
         16) TOPOLOGY=4x4 ;; 32) TOPOLOGY=4x8 ;; 64) TOPOLOGY=8x8 ;;
         128) TOPOLOGY=8x16 ;; 256) TOPOLOGY=16x16 ;;
-        *) die "--accelerator=$ACCELERATOR has no such size: 1, 4, 8, 16, 32, 64, 128 or 256" ;;
+        *) die "--accelerator=$ACCELERATOR is of no size known here: 1, 4, 8, 16, 32, 64, 128 or 256" ;;
       esac
       ;;
     *) # Named after its cores, two on a chip; chips lie in a cuboid.
@@ -140,7 +141,7 @@ check_accelerator() {
         8) TOPOLOGY=2x2x1 ;; 16) TOPOLOGY=2x2x2 ;; 32) TOPOLOGY=2x2x4 ;;
         64) TOPOLOGY=2x4x4 ;; 128) TOPOLOGY=4x4x4 ;; 256) TOPOLOGY=4x4x8 ;;
         512) TOPOLOGY=4x8x8 ;; 1024) TOPOLOGY=8x8x8 ;; 2048) TOPOLOGY=8x8x16 ;;
-        *) die "--accelerator=$ACCELERATOR has no such size: 8, 16, 32, 64, 128, 256, 512, 1024 or 2048" ;;
+        *) die "--accelerator=$ACCELERATOR is of no size known here: 8, 16, 32, 64, 128, 256, 512, 1024 or 2048" ;;
       esac
       ;;
   esac

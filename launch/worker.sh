@@ -24,9 +24,12 @@ install() {
   uv pip install --quiet --python venv/bin/python --editable 'code[tpu]'
 }
 
-# A process number may be another's after a reboot, so the name counts too.
+# A process number may be another's after a reboot, so the name counts too; and
+# 1 is never ours, to whose group a signal would reach every process there is.
 running() {
-  [[ -s train.pid ]] && grep -qsa unicode_jax "/proc/$(<train.pid)/cmdline"
+  local pid=0
+  [[ ! -s train.pid ]] || pid=$(<train.pid)
+  [[ $pid =~ ^[0-9]+$ ]] && ((pid > 1)) && grep -qsa unicode_jax "/proc/$pid/cmdline"
 }
 
 stop() {

@@ -1,4 +1,4 @@
-"""Fills in a template of YAML, safely: `render.py FILE NAME=VALUE ... -- WORDS`.
+"""Fills in a template of YAML: `render.py FILE NAME=VALUE ... -- WORDS`.
 
 Every $name becomes JSON, which YAML contains, so that no value can be taken for
 syntax: a number where the value is one, otherwise a quoted string. $command is
