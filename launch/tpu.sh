@@ -45,10 +45,12 @@ parse "project zone run accelerator capacity bucket config revision runtime serv
 max_restarts poll_seconds backoff_seconds worker" "$@"
 
 DESCRIBE=(gcloud compute tpus queued-resources describe)
-SSH=(gcloud compute tpus tpu-vm ssh)
-# Looks that may fail in a row before they count: a network that is gone for a
-# moment is no failure of the training.
+# A worker that is gone must not keep us waiting.
+SSH=(gcloud compute tpus tpu-vm ssh --ssh-flag=-oConnectTimeout=30 --ssh-flag=-oServerAliveInterval=30)
+# Looks that may fail in a row: a network that is gone for a moment is no failure
+# of the training. Where Google Cloud cannot be asked at all, nothing is deleted.
 PATIENCE=10
+PATIENCE_UNASKED=60
 
 on_workers() { execute "${SSH[@]}" "$RUN" "${WHERE[@]}" "--worker=$1" "--command=$2"; }
 
@@ -149,7 +151,7 @@ progress() {
 # Waits until the training has ended for good. One look after the other: at the
 # TPU, then at the training on it.
 watch() {
-  local now what failures=0 restarts=0 streak=0 delay started=$SECONDS
+  local now what failures=0 unasked=0 restarts=0 streak=0 delay started=$SECONDS
   if [[ $DRY_RUN == true ]]; then
     comment "every $POLL_SECONDS s, until it prints something other than ACTIVE:"
     quote "${DESCRIBE[@]}" "$RUN" "${WHERE[@]}" '--format=value(state.state)'
@@ -165,6 +167,7 @@ watch() {
   while true; do
     now=$(state)
     what=unknown
+    [[ $now == UNKNOWN ]] || unasked=0
     [[ $now != ACTIVE ]] || what=$(progress)
     case $now-$what in
       ACTIVE-0)
@@ -173,7 +176,13 @@ watch() {
         ;;
       ACTIVE-running) failures=0 ;;
       SUSPENDING-* | DELETING-*) ;; # Cannot be deleted before that is over.
-      ACTIVE-unknown | UNKNOWN-*) ((++failures)) ;;
+      ACTIVE-unknown) ((++failures)) ;;
+      UNKNOWN-*)
+        if ((++unasked == PATIENCE_UNASKED)); then
+          say "$RUN: gives up asking for it; it may go on, and costs money until it is deleted"
+          return 1
+        fi
+        ;;
       CREATING-* | ACCEPTED-* | WAITING_FOR_RESOURCES-* | PROVISIONING-*) # Of an earlier create.
         if wait_active && copy && run; then failures=0; else failures=$PATIENCE; fi
         ;;

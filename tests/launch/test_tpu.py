@@ -290,6 +290,18 @@ def test_watch_makes_anew_a_tpu_that_does_not_answer(place):
   assert story(place) == ["delete", "create", "copy", "install", "start"]
 
 
+def test_watch_deletes_nothing_while_nobody_can_be_asked(place):
+  place.program("sleep", "#!/bin/sh\n")
+  gap = [(1, "no network")] * 30
+  place.answer({"describe": [*gap, (0, "ACTIVE")]} | statuses("0"))
+  assert place.run("tpu.sh", "watch", *ALL, *FAST).returncode == 0
+  place.answer({"describe": gap[:1]})
+  ended = place.run("tpu.sh", "watch", *ALL, *FAST)
+  assert ended.returncode == 1
+  assert "may go on, and costs money" in ended.stderr
+  assert story(place) == []
+
+
 def test_watch_waits_longer_each_time(place):
   place.program("sleep", '#!/bin/sh\necho "slept $1" >&2\n')
   ended = watch(
