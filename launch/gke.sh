@@ -95,7 +95,7 @@ case $COMMAND in render | apply | xpk)
   check SLICES '[1-9][0-9]{0,3}' 1
   check IMAGE '[^ ]*[a-zA-Z][^ ]*' us-docker.pkg.dev/my-project/images/unicode_jax:tpu
   check SERVICE_ACCOUNT '[a-z0-9]([a-z0-9.-]*[a-z0-9])?' default
-  check MAX_RESTARTS '[0-9]{1,4}' 20
+  check MAX_RESTARTS '0|[1-9][0-9]{0,3}' 20
   check GRACE_SECONDS '[1-9][0-9]{1,4}' 300
   check_bucket
   check_training tpu "gs://$BUCKET/$RUN"

@@ -39,7 +39,7 @@ check NODES '[1-9][0-9]{0,4}' 1
 check GPUS_PER_NODE '[1-9][0-9]?' 8
 check CPUS_PER_GPU '[1-9][0-9]{0,2}' 8
 check TIME '([0-9]+-)?[0-9]+(:[0-9]{1,2}){0,2}' 24:00:00
-check MAX_RESTARTS '[0-9]{1,4}' 20
+check MAX_RESTARTS '0|[1-9][0-9]{0,3}' 20
 check LOG_DIR '[^ -].*' runs/slurm
 check_training gpu "${RUNS%/}/$RUN"
 [[ $DRY_RUN == true ]] || command -v sbatch >/dev/null ||

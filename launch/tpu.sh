@@ -247,8 +247,8 @@ case $COMMAND in create | watch | all)
   check_accelerator
   check CAPACITY 'spot|on_demand|reserved' 'spot, on_demand or reserved'
   [[ -z ${SERVICE_ACCOUNT:-} ]] || check SERVICE_ACCOUNT '[^ @]+@[^ @]+' name@my-project.iam.gserviceaccount.com
-  check MAX_RESTARTS '[0-9]{1,4}' 20
-  check BACKOFF_SECONDS '[0-9]{1,4}' 30
+  check MAX_RESTARTS '0|[1-9][0-9]{0,3}' 20
+  check BACKOFF_SECONDS '0|[1-9][0-9]{0,3}' 30
   ;;
 esac
 case $COMMAND in copy | watch | all)

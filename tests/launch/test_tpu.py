@@ -153,6 +153,7 @@ def test_settings_may_come_from_the_environment(dry):
     (("all", *ALL, "--config=configs/instrukt.py"), "configs/instrukt.py"),
     (("all", *ALL, "--revision=nowhere"), "--revision='nowhere'"),
     (("all", *ALL, "--max_restarts=-1"), "--max_restarts='-1'"),
+    (("all", *ALL, "--backoff_seconds=08"), "--backoff_seconds='08'"),
   ],
 )
 def test_a_bad_setting_is_one_line_and_status_2(place, arguments, says):
