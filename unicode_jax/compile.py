@@ -61,9 +61,10 @@ def load_configs(spec: str, overrides: Mapping[str, str]) -> dict:
 def _without_data(config):
   """Returns a config that reads nothing."""
   values = {f"data.{key}": None for key in _DATA_KEYS}
-  return config_lib.apply_overrides(
-    config, {**values, "data.source": "embedded"}
-  )
+  values |= {"data.source": "embedded"}
+  if config.text.tokenizer_path is None:
+    values["text.tokenizer_path"] = "not read"
+  return config_lib.apply_overrides(config, values)
 
 
 def get_devices(topology: str) -> Sequence:
