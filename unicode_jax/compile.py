@@ -63,7 +63,7 @@ def _without_data(config):
   values = {f"data.{key}": None for key in _DATA_KEYS}
   values |= {"data.source": "embedded"}
   if config.text.tokenizer_path is None:
-    values["text.tokenizer_path"] = "not read"
+    values["text.tokenizer_path"] = os.curdir  # It is not read.
   return config_lib.apply_overrides(config, values)
 
 

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 
+from absl import flags
 import numpy as np
 import pytest
 
