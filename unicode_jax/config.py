@@ -89,10 +89,12 @@ def default_config() -> ConfigDict:
 
   config.data = data = ConfigDict()
   # "embedded": pictures that installed packages carry; your own: "folder"
-  # (images, captions), "llava" (conversations), "tfds" (docs/own_data.md).
+  # (images, captions), "llava" (conversations), "tfds", "arrayrecord" (what
+  # unicode_jax.prepare wrote); see docs/own_data.md.
   data.source = "embedded"
   # Folder of images of any size and mode, searched recursively; for TFDS the
-  # folder of prepared data sets.
+  # folder of prepared data sets; for "arrayrecord" a prepared folder, or a
+  # pattern that matches several.
   data.path = placeholder(str)
   # JSONL with one {"image": path inside the folder, "text": caption} a line.
   data.captions = placeholder(str)
@@ -339,7 +341,7 @@ def default_config() -> ConfigDict:
 _CHOICES = {
   "stage": STAGES,
   "platform": (None, "cpu", "gpu", "tpu"),
-  "data.source": ("embedded", "folder", "llava", "tfds"),
+  "data.source": ("embedded", "folder", "llava", "tfds", "arrayrecord"),
   "tokenizer.quantizer": QUANTIZERS,
   "tokenizer.dtype": ("float32", "bfloat16"),
   "codebook.paradigm": PARADIGMS,
@@ -562,6 +564,7 @@ _IMPOSSIBLE = (
       ("llava", "path", "the folder of images"),
       ("llava", "conversations", "the JSON file of conversations"),
       ("tfds", "tfds", "the name of a data set"),
+      ("arrayrecord", "path", "the --out of python -m unicode_jax.prepare"),
     )
   ),
   *(
@@ -573,7 +576,7 @@ _IMPOSSIBLE = (
       f"it: set data.source={' or '.join(map(repr, sources))}",
     )
     for key, sources in (
-      ("path", ("folder", "llava", "tfds")),
+      ("path", ("folder", "llava", "tfds", "arrayrecord")),
       ("captions", ("folder", "llava")),
       ("conversations", ("llava",)),
       ("tfds", ("tfds",)),
