@@ -89,7 +89,7 @@ class TarPiece:
       return
     try:
       yield Sample(name, self._image(fields), *self._said(fields))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # The latter from JSON.
       yield Broken(name, str(error))
 
   def _image(self, fields: dict[str, bytes]) -> bytes:

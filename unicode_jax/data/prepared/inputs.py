@@ -143,8 +143,11 @@ def read_captions(value: Any) -> tuple[str, ...]:
   Raises:
     ValueError: anything else.
   """
-  texts = [value] if isinstance(value, str) else value or []
-  if not all(isinstance(text, str) for text in texts):
+  texts = [] if value is None else [value] if isinstance(value, str) else value
+  if not (
+    isinstance(texts, list | tuple)
+    and all(isinstance(text, str) for text in texts)
+  ):
     raise ValueError(f"a caption must be a text, not {value!r:.60}")
   for text in texts:
     text.encode()  # Half of a surrogate pair is no text.

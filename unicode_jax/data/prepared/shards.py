@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from unicode_jax.data import shard_files
 from unicode_jax.data.prepared import record
@@ -101,6 +101,9 @@ def _records(
       continue
     try:
       made = _record(sample, image_size)
+    except UnidentifiedImageError:  # Its message names an address in memory.
+      reason = "not an image file of a kind that is read"
+      broken.append(Broken(_printable(sample.name), reason))
     # Pillow raises SyntaxError for some broken PNGs.
     except (OSError, ValueError, SyntaxError) as error:
       reason = f"{type(error).__name__}: {error}"

@@ -16,6 +16,7 @@ import glob
 import io
 import os
 from pathlib import Path
+import resource
 from typing import NamedTuple
 
 import grain
@@ -32,6 +33,8 @@ from unicode_jax.data.sources.source import (
   is_heldout,
   split,
 )
+
+_OTHER_FILES = 512  # That a process has open beside the shards, at the most.
 
 
 class _ShardFile(NamedTuple):
@@ -137,6 +140,7 @@ def load_arrayrecord(
       annotations[name] = Annotation(
         captions=tuple(header["captions"]), label=header["label"]
       )
+  _allow_open_files(len(files))
   records = grain.sources.ArrayRecordDataSource(
     [_ShardFile(str(file), 0, count, count) for file, count in files]
   )
@@ -153,6 +157,24 @@ def load_arrayrecord(
     for s in sources
   )
   return train, heldout
+
+
+def _allow_open_files(count: int) -> None:
+  """Lets this process and its workers hold so many shards open.
+
+  Random access comes to all of them, and the usual limit is 1024 files.
+  """
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  needed = count + _OTHER_FILES
+  if soft == resource.RLIM_INFINITY or soft >= needed:
+    return
+  if hard != resource.RLIM_INFINITY and hard < needed:
+    raise config_lib.ConfigError(
+      f"config.data.path has {count} shards, but a process may open only "
+      f"{hard} files: raise the limit (ulimit -Hn), or prepare the data with a "
+      "larger --shard_size from fewer, larger files"
+    )
+  resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _folders(path: str | os.PathLike[str]) -> list[Path]:
