@@ -17,7 +17,7 @@ from unicode_jax import prepare
 from unicode_jax.data import sources
 
 ROOT = pathlib.Path(__file__).parents[1]
-COUNT = 240
+COUNT = 160
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,8 @@ def test_workers_change_nothing(images, straight, tmp_path):
   done = run(*options(images, tmp_path, workers=3))
   assert done.returncode == 0, done.stderr
   assert contents(tmp_path) == straight
-  assert "13 of 13 pieces, 240 images, 1 broken" in done.stdout
-  assert "240 images in 12 shards, broken inputs left out: 1" in done.stdout
+  assert "9 of 9 pieces, 160 images, 1 broken" in done.stdout
+  assert "160 images in 8 shards, broken inputs left out: 1" in done.stdout
   assert "left out broken.png: not an image file" in done.stderr
   manifest = json.loads(straight["manifest.json"])
   assert manifest["records"] == COUNT
@@ -98,12 +98,12 @@ def test_killed_at_any_moment(seed, images, straight, tmp_path):
   out = tmp_path / "out"
   arguments = options(images, out, workers=2)
   kept = {}
-  for _ in range(3):
+  for _ in range(2):
     process = subprocess.Popen(
       command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     # At the start, or when some pieces more are done.
-    for _ in range(rng.randrange(4)):
+    for _ in range(rng.randrange(5)):
       process.stdout.readline()
     time.sleep(rng.random() * 0.3)
     workers = children(process)
@@ -164,7 +164,7 @@ def test_again_and_with_other_flags(images, tmp_path):
   for name in ("000.png", "001.png"):
     (few / name).write_bytes((images / name).read_bytes())
   out = tmp_path / "out"
-  assert run(*options(few, out)).returncode == 0
+  prepare.prepare("folder", str(few), out, image_size=64, shard_size=20)
   before = contents(out)
   done = run(*options(few, out))
   assert done.returncode == 0 and "is finished" in done.stdout

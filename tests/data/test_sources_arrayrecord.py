@@ -218,7 +218,8 @@ def main(argv):
     for num_workers in (0, 2)
   )
   for _ in range(10):
-    np.testing.assert_array_equal(next(thread)["image"], next(processes)["image"])
+    images = [next(iterator)["image"] for iterator in (thread, processes)]
+    np.testing.assert_array_equal(*images)
   print("equal")
 
 if __name__ == "__main__":
