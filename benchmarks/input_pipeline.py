@@ -20,6 +20,7 @@ average is printed too.
 """
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -117,15 +118,10 @@ def torch_loader(paths, args, num_workers):
   )
 
 
-class Decode:
-  """Decodes an image of a webdataset, in a worker."""
-
-  def __init__(self, size):
-    self.size = size
-
-  def __call__(self, sample):
-    file = io.BytesIO(sample.get("png") or sample.get("jpg"))
-    return sources.decode_image(file, self.size)
+def decode_sample(sample, size):
+  """Decodes an image of a webdataset."""
+  file = io.BytesIO(sample.get("png") or sample.get("jpg"))
+  return sources.decode_image(file, size)
 
 
 def webdataset_loader(paths, args, num_workers):
@@ -135,7 +131,7 @@ def webdataset_loader(paths, args, num_workers):
   dataset = (
     webdataset.WebDataset(paths["tars"], resampled=True, shardshuffle=False)
     .shuffle(1000)
-    .map(Decode(args.size))
+    .map(functools.partial(decode_sample, size=args.size))
     .batched(args.batch, collation_fn=to_batch)
   )
   return iter(

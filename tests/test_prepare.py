@@ -184,6 +184,35 @@ def test_again_and_with_other_flags(images, tmp_path):
   assert done.returncode == 2 and f"{shard} is damaged" in done.stderr
 
 
+FULL = """
+import resource, sys
+from unicode_jax import prepare
+
+if __name__ == "__main__":
+  resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+  try:
+    prepare.prepare("folder", *sys.argv[1:3], workers=int(sys.argv[3]))
+  except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk(images, workers, tmp_path):
+  (tmp_path / "full.py").write_text(FULL)
+  out = tmp_path / "out"
+  done = subprocess.run(
+    [sys.executable, tmp_path / "full.py", images, out, str(workers)],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert f"--out={out} cannot be written (" in done.stdout, done.stderr
+  assert "File too large" in done.stdout and "make room" in done.stdout
+  assert not list(out.glob("*.array_record"))
+
+
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

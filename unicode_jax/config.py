@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import difflib
 import fnmatch
 import functools
+import glob
 import json
 import math
 import os
@@ -664,7 +665,11 @@ _WANTED = {
 
 # Paths that must exist when set, and what must be there.
 _PATHS = (
-  ("data.path", os.path.isdir, "a folder"),
+  (
+    "data.path",
+    lambda p: any(map(os.path.isdir, [p, *glob.iglob(p, recursive=True)])),
+    "a folder",
+  ),
   ("data.captions", os.path.isfile, "a file"),
   ("data.conversations", os.path.isfile, "a file"),
   ("data.codes", lambda p: p == "auto" or os.path.isdir(p), "a folder"),

@@ -512,7 +512,9 @@ def test_damage_is_named_and_repaired(prepared, name, damage, at_start):
       sources.load_arrayrecord(folder, SIZE)
   else:  # Seen when the record is read, by its own checksum.
     pair = sources.load_arrayrecord(folder, SIZE)
-    with pytest.raises(ValueError, match=r"cannot be read.*--check"):
+    with pytest.raises(
+      ValueError, match=rf"{name} is damaged \(.*hash.*remove it and run"
+    ):
       images_of(pair)
   with pytest.raises(ValueError, match=rf"{name} .*remove it and run"):
     prepare.check(folder)

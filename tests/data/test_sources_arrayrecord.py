@@ -143,6 +143,9 @@ def test_config_is_checked(made):
     return config_lib.validate(config)
 
   validate(source="arrayrecord", path=str(made[2]))
+  validate(source="arrayrecord", path=str(made[2])[:-1] + "*")
+  with pytest.raises(ValueError, match=r"data\.path=.*nowhere"):
+    validate(source="arrayrecord", path="nowhere*")
   with pytest.raises(ValueError, match=r"needs the --out of.*data\.path"):
     validate(source="arrayrecord")
   with pytest.raises(ValueError, match=r"data\.captions is set, but"):
@@ -158,7 +161,7 @@ class CountedRecords(DecodedRecords):
 
 
 def counted(source):
-  decoded = CountedRecords(source.decoded.records, SIZE)
+  decoded = CountedRecords(source.decoded.shards, SIZE)
   object.__setattr__(decoded, "reads", [])
   fields = source.name, source.path, source.items, source.annotations
   return RecordSource(*fields, decoded), decoded.reads

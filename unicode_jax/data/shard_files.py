@@ -45,19 +45,25 @@ def whole_files(*paths: Path) -> Iterator[tuple[Path, ...]]:
       _to_disk(path)
     for begun_path, path in zip(written, paths):
       begun_path.replace(path)
-    _to_disk(folder)
 
 
 @contextlib.contextmanager
 def record_writer(
   path: Path,
 ) -> Iterator[array_record_module.ArrayRecordWriter]:
-  """Opens an ArrayRecord file to write one record after the other."""
+  """Opens an ArrayRecord file to write one record after the other.
+
+  Raises:
+    OSError: at the end, where something could not be written.
+  """
   writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
   try:
     yield writer
   finally:
-    writer.close()
+    try:
+      writer.close()
+    except RuntimeError as error:
+      raise OSError(None, str(error)) from error
 
 
 def remove_left_overs(folder: Path) -> None:
@@ -83,7 +89,6 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
   temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
   _to_disk(temporary)
   temporary.replace(path)
-  _to_disk(path.parent)
 
 
 def begun(path: Path) -> Path:
@@ -113,9 +118,6 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _to_disk(path: Path) -> None:
-  """Waits until a file, or the names in a folder, are on the disk."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
+  """Waits until the bytes of a file are on the disk."""
+  with path.open("rb") as file:
+    os.fsync(file.fileno())

@@ -52,23 +52,29 @@ def make(
     The finished manifest.
 
   Raises:
-    ConfigError: the folder is of other data, or holds other files; too many
-      inputs are broken, or all.
+    ConfigError: the folder is of other data, holds other files or is full;
+      too many inputs are broken, or all.
     RunError: a worker was killed.
   """
   manifest, missing = _begin(manifest, folder)
   if missing is None:
     return manifest
-  for number, done in _written(
-    inputs.pieces, missing, folder, settings, workers
-  ):
-    manifest["pieces"][number] = done
-    manifest["records"] = sum(
-      shard["records"] for shard in manifest_lib.shards(manifest)
-    )
-    manifest["broken"] = len(manifest_lib.broken(manifest))
-    shard_files.write_json(folder / UNFINISHED, manifest)
-    report(manifest)
+  try:
+    for number, done in _written(
+      inputs.pieces, missing, folder, settings, workers
+    ):
+      manifest["pieces"][number] = done
+      manifest["records"] = sum(
+        shard["records"] for shard in manifest_lib.shards(manifest)
+      )
+      manifest["broken"] = len(manifest_lib.broken(manifest))
+      shard_files.write_json(folder / UNFINISHED, manifest)
+      report(manifest)
+  except OSError as error:  # What cannot be read is broken, and no exception.
+    raise config_lib.ConfigError(
+      f"--out={folder} cannot be written ({error.strerror}): make room there, "
+      "and run the same command again; what is converted counts"
+    ) from error
   _check_broken(manifest, max_broken)
   shard_files.write_json(folder / MANIFEST, manifest)
   (folder / UNFINISHED).unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from unicode_jax.data.prepared.shards import Settings, index_path
 _FORMAT = 1
 MANIFEST, UNFINISHED = "manifest.json", "unfinished.json"
 
-_REMEDY = (
+REMEDY = (
   "run the python -m unicode_jax.prepare command that made the folder again: "
   "it writes what is missing"
 )
@@ -161,12 +161,12 @@ def open_prepared(
       "--out of python -m unicode_jax.prepare"
     )
   if not (folder / MANIFEST).is_file():
-    raise config_lib.ConfigError(f"{folder} is not finished: {_REMEDY}")
+    raise config_lib.ConfigError(f"{folder} is not finished: {REMEDY}")
   files, headers = [], []
   for shard in shards(found):
     problem = damage(folder, shard, thorough=thorough)
     if problem is not None:
-      raise config_lib.ConfigError(f"{problem}: remove it and {_REMEDY}")
+      raise config_lib.ConfigError(f"{problem}: remove it and {REMEDY}")
     path = folder / shard["file"]
     index = index_path(path)
     lines = index.read_text(encoding="utf-8").splitlines()

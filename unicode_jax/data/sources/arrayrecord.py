@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import glob
 import io
+import itertools
 import os
 from pathlib import Path
 import resource
@@ -51,17 +52,25 @@ class DecodedRecords:
   """Images of all shards by number, as an array of pixels would give them.
 
   Attributes:
-    records: where they are read from; opens a shard when it is first needed.
+    shards: their files and numbers of records.
     image_size: S, pixels.
   """
 
-  records: grain.sources.ArrayRecordDataSource
+  shards: tuple[tuple[Path, int], ...]
   image_size: int
+
+  @functools.cached_property
+  def records(self) -> grain.sources.ArrayRecordDataSource:
+    """What reads records by number; opens a shard when it is first needed."""
+    return grain.sources.ArrayRecordDataSource(
+      [_ShardFile(str(path), 0, count, count) for path, count in self.shards]
+    )
 
   @property
   def shape(self) -> tuple[int, int, int, int]:
     """Shape of the array: N, S, S, 3."""
-    return len(self.records), self.image_size, self.image_size, 3
+    count = sum(count for _, count in self.shards)
+    return count, self.image_size, self.image_size, 3
 
   def __getitem__(self, rows: int | Sequence[int]) -> np.ndarray:
     """Returns uint8[S, S, 3] of one number, uint8[n, S, S, 3] of several."""
@@ -79,9 +88,10 @@ class DecodedRecords:
       return decode_image(io.BytesIO(image), self.image_size)
     # What array_record raises where a checksum differs or a file ends.
     except (RuntimeError, OSError, ValueError, IndexError) as error:
+      stops = itertools.accumulate(count for _, count in self.shards)
+      path = next(p for stop, (p, _) in zip(stops, self.shards) if row < stop)
       raise config_lib.ConfigError(
-        f"image {row} of config.data.path cannot be read ({error}): run python "
-        "-m unicode_jax.prepare --out=DIR --check, which names what is damaged"
+        f"{path} is damaged ({error}): remove it and {manifest.REMEDY}"
       ) from error
 
 
@@ -141,10 +151,7 @@ def load_arrayrecord(
         captions=tuple(header["captions"]), label=header["label"]
       )
   _allow_open_files(len(files))
-  records = grain.sources.ArrayRecordDataSource(
-    [_ShardFile(str(file), 0, count, count) for file, count in files]
-  )
-  decoded = DecodedRecords(records, image_size)
+  decoded = DecodedRecords(tuple(files), image_size)
   sources = split(
     "arrayrecord",
     cache.CachedImages(folders[0], items, []),
