@@ -5,10 +5,10 @@ r"""A real language model through both stages: what it gains and forgets.
     --doc=docs/smollm2.md
 
 It starts stage I (configs/pretrain.py:smollm2) once per paradigm, stage II
-(configs/instruct.py:smollm2) from the first of them, evaluates, and writes the
-tables from the runs' own files below a marked line of the page, with pictures
-beside. A run that is there is resumed or read. One run at a time: they take all
-cores.
+(configs/instruct.py:smollm2) from the first of them, once with every parameter
+and once with adapters alone, evaluates, and writes the tables from the runs'
+own files below a marked line of the page, with pictures beside. A run that is
+there is resumed or read. One run at a time: they take all cores.
 
 The texts of training are conversations, and so are the held-out ones: to learn
 their manner looks like learning language. What was known before is measured on
@@ -35,6 +35,14 @@ from unicode_jax.models import llama as llama_lib
 from unicode_jax.training import losses, metrics as metrics_lib
 
 PARADIGMS = ("language_driven", "projected", "dual")
+# Runs of stage II, and what each sets.
+STAGE_TWO = {
+  "stage2": (),
+  "stage2_lora": (
+    "--config.instruct.lora_rank=16",
+    "--config.optimizer.instruct.learning_rate=1e-3",
+  ),
+}
 MARK = "<!-- tables: benchmarks/smollm2.py -->"
 MODULES = (
   *("argparse", "collections", "difflib", "fractions", "functools"),
@@ -159,7 +167,7 @@ def stage_one(runs: dict[str, pathlib.Path]) -> list[str]:
 
 
 def stage_two(run: pathlib.Path) -> list[str]:
-  """Returns the tables of stage II."""
+  """Returns the tables of one run of stage II."""
   rows = metrics_lib.read_jsonl(run / "metrics.jsonl")
   config = config_lib.from_json(run / "config.json")
   keys = {
@@ -216,27 +224,35 @@ def main() -> None:
       *("--config=configs/pretrain.py:smollm2", f"--workdir={run}"),
       *(f"--config.llm_from={args.llm}", f"--config.codebook.paradigm={name}"),
     )
-  run = args.out / "stage2"
-  command(
-    "main",
-    *("--config=configs/instruct.py:smollm2", f"--workdir={run}"),
-    f"--config.init_from={runs[args.paradigms[0]]}",
-  )
-  command(
-    "evaluate",
-    *(f"--workdir={run}", f"--suites={SUITES}", f"--max_images={PICTURES}"),
-  )
+  for name, flags in STAGE_TWO.items():
+    run = args.out / name
+    # All of them see the same codes, which the first of them makes.
+    codes = "auto" if not flags else args.out / "stage2" / "codes"
+    command(
+      "main",
+      *("--config=configs/instruct.py:smollm2", f"--workdir={run}"),
+      f"--config.init_from={runs[args.paradigms[0]]}",
+      f"--config.data.codes={codes}",
+      *flags,
+    )
+    command(
+      "evaluate",
+      *(f"--workdir={run}", f"--suites={SUITES}", f"--max_images={PICTURES}"),
+    )
   if args.doc is None:
     return
   above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
   lines = [above + MARK, "", "## Stage I", "", *stage_one(runs)]
-  lines += ["## Stage II", "", *stage_two(run)]
+  for name, flags in STAGE_TWO.items():
+    title = ", ".join(flag.removeprefix("--config.") for flag in flags)
+    lines += [f"## Stage II: {title or 'every parameter'}", ""]
+    lines += stage_two(args.out / name)
   found = {
     name: other_perplexity(path)
     for name, path in (
       ("untouched", pathlib.Path(args.llm)),
       *((f"after stage I, {name}", path) for name, path in runs.items()),
-      ("after stage II", run),
+      *((f"after {name}", args.out / name) for name in STAGE_TWO),
     )
   }
   lines += [
@@ -257,10 +273,11 @@ def main() -> None:
       ],
     ),
   ]
-  for path in sorted((run / "evaluation/pictures").glob("*.png")):
-    name = f"smollm2_{path.name}"
-    shutil.copyfile(path, args.doc.parent / "pictures" / name)
-    lines += [f"![{path.stem}](pictures/{name})", ""]
+  for run in STAGE_TWO:
+    for path in sorted((args.out / run / "evaluation/pictures").glob("*.png")):
+      name = f"smollm2_{run}_{path.name}"
+      shutil.copyfile(path, args.doc.parent / "pictures" / name)
+      lines += [f"![{run}, {path.stem}](pictures/{name})", ""]
   args.doc.write_text("\n".join(lines), encoding="utf-8")
   print(f"wrote {args.doc}")
 

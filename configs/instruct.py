@@ -63,9 +63,9 @@ PRESETS = {
   },
   # SmolLM2-135M-Instruct was trained on ChatML.
   "smollm2": {
-    "num_steps": 200,
-    "eval_every": 200,
-    "checkpoint_every": 100,
+    "num_steps": 600,
+    "eval_every": 300,
+    "checkpoint_every": 150,
     # On a CPU all of them take longer than the training.
     "instruct.heldout_rows": 32,
     "data.codes": "auto",
@@ -91,7 +91,9 @@ PRESETS = {
     "instruct.global_batch_size": 128,
     "optimizer.instruct.learning_rate": 2e-5,
     "optimizer.instruct.warmup_steps": 450,
-    "mesh.fsdp": 64,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": 2,
   },
 }
 

@@ -94,7 +94,7 @@ PRESETS = {
     "data.num_workers": 8,
     "text.vocab_size": 32000,
     "text.sequence_length": 2048,
-    "text.global_batch_size": 64,
+    "text.global_batch_size": 128,
     # Byte tokens of control characters, which text never holds: STX and ETX.
     "text.image_start": "<0x02>",
     "text.image_end": "<0x03>",
@@ -117,9 +117,8 @@ PRESETS = {
     "llm.head_dim": 128,
     "llm.mlp_dim": 11008,
     "llm.tie_embeddings": False,
-    "llm.attention_block": 512,
     "llm.scan_layers": True,
-    "llm.remat_policy": "full",
+    "llm.remat_policy": "dots_no_batch",
     "llm.dtype": "bfloat16",
     "schedule.tokenizer_steps": 1000,
     "schedule.llm_steps": 500,
@@ -130,7 +129,9 @@ PRESETS = {
     "optimizer.llm.warmup_steps": 2000,
     "alarm.perplexity_floor": 100.0,
     "alarm.patience": 5000,
-    "mesh.fsdp": 64,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+    "mesh.tensor": 2,
   },
 }
 

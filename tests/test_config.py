@@ -78,6 +78,8 @@ def test_possible(overrides):
     ({"alarm.perplexity_floor": 5000}, ["5000", "2048", "lower"]),
     ({"mesh.data": 0}, ["mesh.data=0", "-1"]),
     ({"mesh.data": -2}, ["mesh.data=-2", "at least -1"]),
+    ({"mesh.fsdp": -1}, ["mesh.data=-1", "mesh.fsdp=-1", "only one"]),
+    ({"mesh.tensor": 0}, ["mesh.tensor=0"]),
     ({"data.source": "folder"}, ["'folder'", "folder of images", "data.path="]),
     ({"data.source": "llava"}, ["'llava'", "data.path="]),
     (
@@ -548,6 +550,17 @@ def test_devices_that_fit(devices):
     (INSTRUCT, 32, ["instruct.global_batch_size=16", "such as 32"]),
     ({"mesh.fsdp": 3}, 8, ["mesh.fsdp=3", "8 devices", "divides"]),
     ({"mesh.data": 2}, 8, ["mesh.data=2", "mesh.data=-1"]),
+    ({"mesh.fsdp": 16}, 8, ["mesh.fsdp=16", "8 devices"]),
+    (
+      {"mesh.tensor": 4},
+      8,
+      ["llm.num_heads=6", "mesh.tensor=4", "divisor"],
+    ),
+    (
+      INSTRUCT | {"instruct.microbatches": 4},
+      8,
+      ["instruct.global_batch_size=16", "microbatches", "such as 32"],
+    ),
   ],
 )
 def test_devices_that_do_not_fit(overrides, devices, fragments):

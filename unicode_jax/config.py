@@ -142,6 +142,9 @@ def default_config() -> ConfigDict:
   # Tokens in one packed sequence, and sequences per LLM step.
   text.sequence_length = 128
   text.global_batch_size = 8
+  # Parts of a batch that a step computes one after the other: the same step, in
+  # less memory.
+  text.microbatches = 1
   # Share of the documents that is never trained on.
   text.heldout_fraction = 0.1
   # Tokens of the vocabulary that open and close an image; never visual codes.
@@ -246,8 +249,13 @@ def default_config() -> ConfigDict:
   # the masked half of the work. 0 takes all at once; None takes an eighth of
   # the sequence (64 at the least) on a CPU and all at once elsewhere.
   llm.attention_block = placeholder(int)
+  # What computes attention while training: "xla" everywhere, "splash" a kernel
+  # for TPUs, "cudnn" one for GPUs; "auto" takes the kernel on TPUs, for
+  # sequences that are multiples of 128.
+  llm.attention = "auto"
   # What the backward pass keeps of each layer: "none" recomputes nothing,
-  # "full" everything, "dots" all but matrix products.
+  # "full" everything, "attention" all but what attention gave, "dots" all but
+  # matrix products.
   llm.remat_policy = "none"
   # Compute type; parameters are float32.
   llm.dtype = "float32"
@@ -285,6 +293,8 @@ def default_config() -> ConfigDict:
   instruct.image_loss_weight = 0.25
   # Packed sequences per step; text.sequence_length positions each.
   instruct.global_batch_size = 16
+  # As text.microbatches.
+  instruct.microbatches = 1
   # Rows of each held-out task and source that the last evaluation takes at the
   # most; earlier ones take 64, or so many if that is less.
   instruct.heldout_rows = 4096
@@ -333,9 +343,17 @@ def default_config() -> ConfigDict:
   alarm.stop = False
 
   config.mesh = mesh = ConfigDict()
-  # Devices along each axis; -1 takes what fsdp leaves over.
+  # Devices along each axis, of all processes together; one of them may be -1,
+  # which takes what the others leave over. "data" splits the batch; "fsdp" the
+  # batch, parameters and optimizer state; "tensor" heads, the MLP, the
+  # vocabulary and, between layers, the length.
   mesh.data = -1
   mesh.fsdp = 1
+  mesh.tensor = 1
+  # Join the other processes of a pod or cluster, which start the same command.
+  # Cloud TPU, GKE, Slurm and MPI say where they are; elsewhere the environment
+  # does (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID).
+  config.distributed = False
   return config.lock()
 
 
@@ -350,14 +368,15 @@ _CHOICES = {
   "codebook.update_rule": ("gradient", "ema"),
   "instruct.template": TEMPLATES,
   "instruct.vision": VISIONS,
-  "llm.remat_policy": ("none", "dots", "dots_no_batch", "full"),
+  "llm.remat_policy": ("none", "dots", "dots_no_batch", "attention", "full"),
   "llm.dtype": ("float32", "bfloat16"),
+  "llm.attention": ("auto", "xla", "splash", "cudnn"),
 }
 
 # (lowest, highest, key patterns), both ends allowed, first match counts. Other
 # whole numbers are at least 1, other fractions at least 0.
 _RANGES = (
-  (-1, math.inf, ("mesh.data",)),
+  (-1, math.inf, ("mesh.*",)),
   (
     0,
     math.inf,
@@ -548,10 +567,18 @@ _IMPOSSIBLE = (
     "codes, text.vocab_size={c.text.vocab_size}: the alarm would never be "
     "quiet; lower it",
   ),
+  *(
+    (
+      lambda c, axis=axis: c.mesh[axis] == 0,
+      f"mesh.{axis}=0: set the number of devices along it, or -1 for all that "
+      "the others leave over",
+    )
+    for axis in ("data", "fsdp", "tensor")
+  ),
   (
-    lambda c: c.mesh.data == 0,
-    "mesh.data=0: set the number of devices along it, or -1 for all that "
-    "mesh.fsdp leaves over",
+    lambda c: [*c.mesh.values()].count(-1) > 1,
+    "mesh.data={c.mesh.data}, mesh.fsdp={c.mesh.fsdp}, mesh.tensor="
+    "{c.mesh.tensor}: only one of them can take what the others leave over",
   ),
   *(
     (
@@ -793,6 +820,7 @@ _STARTS = {
 # tokenizer's type is none of them: features that are rounded take other codes.
 _RUNTIME = (
   "llm.scan_layers",
+  "llm.attention",
   "llm.attention_block",
   "llm.remat_policy",
   "llm.dtype",
@@ -905,19 +933,34 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
   Raises:
     ConfigError: If a batch or the mesh does not split over the devices.
   """
-  data, fsdp = config.mesh.data, config.mesh.fsdp
-  if num_devices % fsdp or data not in (-1, num_devices // fsdp):
+  sizes = dict(config.mesh)
+  known = math.prod(size for size in sizes.values() if size != -1)
+  rest = num_devices // known
+  filled = {axis: rest if n == -1 else n for axis, n in sizes.items()}
+  if math.prod(filled.values()) != num_devices:
+    named = " x ".join(f"mesh.{axis}={n}" for axis, n in sizes.items())
     raise ConfigError(
-      f"mesh.data={data} x mesh.fsdp={fsdp} does not cover the {num_devices} "
-      "devices: set mesh.data=-1 and a mesh.fsdp that divides their number"
+      f"{named} does not cover the {num_devices} devices: set mesh.data=-1, "
+      "and the others to numbers whose product divides that of the devices"
     )
-  for name in ("instruct",) if config.stage == "instruct" else ("data", "text"):
-    batch = config[name].global_batch_size
-    if batch % num_devices:
+  tensor = filled["tensor"]
+  if config.stage != "tokenizer" and config.llm.num_heads % tensor:
+    raise ConfigError(
+      f"llm.num_heads={config.llm.num_heads} does not split over mesh.tensor="
+      f"{tensor}: set mesh.tensor to a divisor of it"
+    )
+  shards = num_devices // tensor
+  groups = {"instruct": ("instruct",), "tokenizer": ("data",)}
+  for name in groups.get(config.stage, ("data", "text")):
+    settings = config[name]
+    parts = shards * settings.get("microbatches", 1)
+    batch = settings.global_batch_size
+    if batch % parts:
+      times = f" times {name}.microbatches" if parts > shards else ""
       raise ConfigError(
-        f"{name}.global_batch_size={batch} does not split over {num_devices} "
-        f"devices: set it to a multiple, such as "
-        f"{num_devices * math.ceil(batch / num_devices)}"
+        f"{name}.global_batch_size={batch} does not split over {shards} "
+        f"devices (mesh.data x mesh.fsdp{times}): set it to a multiple of "
+        f"{parts}, such as {parts * math.ceil(batch / parts)}"
       )
 
 

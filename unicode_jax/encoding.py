@@ -16,7 +16,12 @@ from jax.experimental import multihost_utils
 import jax.numpy as jnp
 import numpy as np
 
-from unicode_jax import codebook as codebook_lib, config as config_lib, loading
+from unicode_jax import (
+  codebook as codebook_lib,
+  config as config_lib,
+  loading,
+  sharding,
+)
 from unicode_jax.data import (
   code_cache,
   sources as sources_lib,
@@ -111,9 +116,11 @@ def frozen_tokenizer(model, variables):
     rules = codebook_lib.frozen_config(rules)
   return (
     dataclasses.replace(model, codebook=rules, llama=None, vision="unified"),
-    variables.replace(
-      params={"encoder": variables.params["encoder"], "codebook": params},
-      codebook_state=state,
+    sharding.gather(
+      variables.replace(
+        params={"encoder": variables.params["encoder"], "codebook": params},
+        codebook_state=state,
+      )
     ),
   )
 

@@ -183,7 +183,7 @@ def load(
   Args:
     workdir: Run folder.
     step: Which checkpoint; None for the newest.
-    mesh: Where to: each device reads its share (`sharding.fsdp_shardings`).
+    mesh: Where to: each device reads its share (`sharding.state_shardings`).
       None for the first device.
 
   Returns:
@@ -289,7 +289,7 @@ def _restore(workdir: pathlib.Path, step: int, shapes, mesh):
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: here, shapes)
   else:
-    shardings = sharding.fsdp_shardings(shapes, mesh)
+    shardings = sharding.state_shardings(shapes, mesh)
   target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     shapes,
@@ -327,7 +327,7 @@ def frozen_codebook(
     model.embedding(variables.params),
     variables.valid,
   )
-  given = jax.device_put(given, jax.local_devices()[0])
+  given = jax.device_put(sharding.gather(given), jax.local_devices()[0])
   return codebook_lib.freeze(*given, model.codebook)
 
 
@@ -368,7 +368,7 @@ def fingerprint(
   }
   digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
   for path, leaf in sorted(traverse_util.flatten_dict(arrays, sep="/").items()):
-    value = np.asarray(leaf)
+    value = np.asarray(sharding.gather(leaf))
     digest.update(f"{path} {value.dtype.name} {value.shape}".encode())
     digest.update(value.tobytes())
   return digest.hexdigest()

@@ -53,6 +53,11 @@ def main(overrides: Mapping[str, str]) -> None:
   config = next(iter(links.values()))
   file = pathlib.Path(_CONFIG.value.split(".py:")[0])
   name = file.stem if len(links) > 1 else config.stage
+  if "://" in (_WORKDIR.value or ""):
+    raise config_lib.ConfigError(
+      f"--workdir={_WORKDIR.value} is no folder: mount the bucket (gcsfuse for "
+      "gs://) on every host, and name the folder"
+    )
   workdir = pathlib.Path(
     _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"
   ).expanduser()
@@ -61,10 +66,8 @@ def main(overrides: Mapping[str, str]) -> None:
   for link in links.values():
     _suites(link)
   _check_order(links, workdir)
-  if config.platform:
-    os.environ["JAX_PLATFORMS"] = config.platform
   # JAX takes seconds to import, so only a config that can run gets to it.
-  _check_platform(config.platform)
+  _start_devices(config.platform, config.distributed)
   for name, config in links.items():
     _run_link(name, config, workdir / name)
 
@@ -90,7 +93,13 @@ def _run_link(name: str, config, workdir: pathlib.Path) -> None:
     stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
     stage.run(config, workdir)
   if names := _suites(config):
-    _evaluate(workdir, names)
+    if config.distributed:
+      print(
+        f"evaluate {workdir} by one process: python -m unicode_jax.evaluate "
+        f"--workdir={workdir} --suites={','.join(names)}"
+      )
+    else:
+      _evaluate(workdir, names)
 
 
 def _suites(config) -> tuple[str, ...]:
@@ -119,17 +128,38 @@ def _evaluate(workdir: pathlib.Path, names: tuple[str, ...]) -> None:
   print(f"report: {out / 'report.md'}")
 
 
-def _check_platform(platform: str | None) -> None:
-  """Raises unless JAX has the device that was asked for."""
+def _start_devices(platform: str | None, distributed: bool) -> None:
+  """Joins the other processes; raises unless there are devices as asked for."""
+  if platform:
+    os.environ["JAX_PLATFORMS"] = platform
   import jax  # pylint: disable=g-import-not-at-top
 
   try:
+    if distributed:
+      _join(jax)
     jax.devices()
   except RuntimeError as error:
     reason = str(error).splitlines()[0]
     raise config_lib.ConfigError(
       f"platform={platform!r} cannot be used here ({reason}): install JAX for "
       "it, or leave config.platform unset to take what there is"
+    ) from error
+
+
+def _join(jax) -> None:
+  """Makes this process one of several."""
+  given = {
+    name.lower().removeprefix("jax_"): int(os.environ[name])
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    if name in os.environ
+  }
+  try:
+    jax.distributed.initialize(**given)
+  except ValueError as error:
+    raise config_lib.ConfigError(
+      f"distributed=True, but there is no cluster to be seen ({error}): start "
+      "the command by Cloud TPU, GKE, Slurm or MPI, or set "
+      "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     ) from error
 
 

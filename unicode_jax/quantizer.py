@@ -30,7 +30,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, sharding
 from unicode_jax.kernels import nearest_code as kernel
 
 KINDS = config_lib.QUANTIZERS
@@ -106,7 +106,7 @@ def quantize(z, table, gain, mask, *, kind: str, depth: int) -> Quantized:
   for d in range(depth):
     residual = _region(target - lax.stop_gradient(total), d, kind)
     code, fit, scale = _choose(residual, table, gain[d], mask)
-    total = total + _spread(scale * table[code], d, kind, z.shape)
+    total = total + _spread(scale * _rows(table, code), d, kind, z.shape)
     codes.append(code)
     fits.append(fit)
     partial.append(total)
@@ -158,7 +158,7 @@ def dequantize(codes, table, gain, *, kind: str, depth: int | None = None):
   shape = (batch, factor * height, factor * width, table.shape[1])
   total = jnp.zeros(shape, table.dtype)
   for d in range(depth):
-    rows = gain[d] * table[codes[..., d]]
+    rows = gain[d] * _rows(table, codes[..., d])
     total = total + _spread(rows, d, kind, shape)
   return total
 
@@ -248,10 +248,16 @@ def _choose(residual, table, gain, mask):
   flat = (residual / scale).reshape(-1, table.shape[1])
   found = kernel.nearest_code(flat, table, valid=mask)
   codes = found.indices.reshape(residual.shape[:-1])
-  chosen = table[codes]
+  chosen = _rows(table, codes)
   fit = jnp.sum(residual * chosen) / jnp.sum(chosen**2)
   fit = jnp.maximum(fit, _MIN_GAIN)
   return codes, fit, jnp.where(gain > 0, gain, fit)
+
+
+def _rows(table, codes):
+  """Looks codes int32[B, ...] up, where the batch is."""
+  rows = sharding.replicate(table)[codes]
+  return sharding.constrain(rows, "batch", *(None,) * (rows.ndim - 1))
 
 
 def _region(x, d: int, kind: str):

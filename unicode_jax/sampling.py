@@ -378,7 +378,7 @@ def _advance(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling"))
-def _decode(
+def decode(
   config: llama.LlamaConfig,
   sampling: SamplingConfig,
   params: dict,
@@ -650,7 +650,7 @@ def generate(
     filled = members + members[:1] * (B - len(members))
     rows = filled + [i + len(prompts) for i in filled] * guided
     batch = [both[i] for i in rows]
-    out = _decode(
+    out = decode(
       config,
       sampling,
       params,

@@ -1,58 +1,272 @@
-"""Device mesh and the two placement rules: batches and everything else.
+"""Device mesh, and the rules that say where every array lives on it.
 
-Batches are split over the mesh axes `data` and `fsdp`. Parameters and optimizer
-state are split over `fsdp` along their largest divisible axis (ZeRO-3 style)
-and replicated over `data`. What could not be split is logged, never silent.
-It does no tensor parallelism.
+A rule maps a logical axis to mesh axes; parameters have their logical axes by
+name (`PARAMETERS`), activations where the models call `constrain`.
+
+  mesh axis  splits
+  data       the batch; parameters are whole copies
+  fsdp       the batch, and every parameter and its optimizer state along one
+             more axis (ZeRO-3, arXiv 1910.02054)
+  tensor     heads, the MLP's width, vocabulary and codes (Megatron-LM, arXiv
+             1909.08053), and between layers the length (arXiv 2205.05198)
+
+What could not be split is logged, never silent. There are no pipelines of
+layers, and one mesh spans all devices of all processes.
 """
 
+from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Rows of the codebook: where a mesh has this axis the search is split over it;
-# those of `make_mesh` have not.
 CODE_AXIS = "tensor"
 # Smaller arrays stay whole: splitting them costs more in latency than it saves
 # in memory.
 MIN_SHARDED_SIZE = 2**18
+# What accelerators pad the last two axes of an array to.
+_TILE = (8, 128)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-  """Builds the mesh over all devices of all processes.
+@dataclasses.dataclass(frozen=True)
+class Rules:
+  """Logical axes to mesh axes.
+
+  Attributes:
+    axes: mesh axes of each logical axis, () for one that is never split.
+  """
+
+  axes: Mapping[str, tuple[str, ...]]
+
+  def spec(
+    self, names: Sequence[str | None], shape: Sequence[int], mesh
+  ) -> PartitionSpec:
+    """Translates an array's logical axes.
+
+    Args:
+      names: Logical axis of each axis of the array; None is never split.
+      shape: Of the array.
+      mesh: Mesh, or abstract mesh.
+
+    Returns:
+      What splits it; an axis that does not divide stays whole.
+
+    Raises:
+      ValueError: If a name is unknown, or two axes claim one mesh axis.
+    """
+    entries = []
+    for name, size in zip(names, shape, strict=True):
+      if name is not None and name not in self.axes:
+        raise ValueError(
+          f"logical axis {name!r} has no rule: use one of {sorted(self.axes)}"
+        )
+      chosen = tuple(
+        axis for axis in self.axes.get(name, ()) if axis in mesh.axis_names
+      )
+      shards = math.prod(mesh.shape[axis] for axis in chosen)
+      entries.append(chosen if size % shards == 0 and shards > 1 else ())
+    used = [axis for entry in entries for axis in entry]
+    if len(used) > len(set(used)):
+      raise ValueError(
+        f"logical axes {tuple(names)} claim a mesh axis twice: {entries}"
+      )
+    return PartitionSpec(
+      *((entry[0] if len(entry) == 1 else entry) or None for entry in entries)
+    )
+
+
+RULES = Rules(
+  {
+    "batch": BATCH_AXES,
+    # Of what attention sees, and of the residual stream between layers.
+    "length": (),
+    "residual": ("tensor",),
+    "embed": (),
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "vocab": ("tensor",),
+    "code": (CODE_AXIS,),
+    "layers": (),
+  }
+)
+# Logical axes of parameters by the end of their path; a stack of layers has one
+# more in front. Others are split over fsdp alone.
+PARAMETERS = {
+  "embed_tokens/embedding": ("vocab", "embed"),
+  "lm_head/kernel": ("embed", "vocab"),
+  "q_proj/kernel": ("embed", "heads"),
+  "k_proj/kernel": ("embed", "kv_heads"),
+  "v_proj/kernel": ("embed", "kv_heads"),
+  "o_proj/kernel": ("heads", "embed"),
+  "q_proj/bias": ("heads",),
+  "k_proj/bias": ("kv_heads",),
+  "v_proj/bias": ("kv_heads",),
+  "gate_proj/kernel": ("embed", "mlp"),
+  "up_proj/kernel": ("embed", "mlp"),
+  "down_proj/kernel": ("mlp", "embed"),
+  "codebook/table": ("code", None),
+  "codebook_state/table": ("code", None),
+}
+
+
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """Builds a mesh.
 
   Args:
-    data: Number of batch shards with replicated parameters; -1 takes what
-      `fsdp` leaves over.
-    fsdp: Number of shards of parameters and optimizer state.
+    data: Devices along `data`; of all three, -1 takes what the others leave.
+    fsdp: Devices along `fsdp`.
+    tensor: Devices along `tensor`.
+    devices: What to build it of; None for all devices of all processes.
 
   Returns:
-    A mesh with axes `data` and `fsdp` (automatic partitioning).
+    A mesh with axes `AXES` (automatic partitioning).
 
   Raises:
-    ValueError: If the product is not the number of devices.
+    ValueError: If the sizes do not make up the number of devices.
   """
-  num_devices = jax.device_count()
-  if data == -1:
-    data = num_devices // fsdp
-  if data * fsdp != num_devices:
+  devices = jax.devices() if devices is None else devices
+  sizes = data, fsdp, tensor
+  known = math.prod(size for size in sizes if size != -1)
+  filled = tuple(len(devices) // known if s == -1 else s for s in sizes)
+  if math.prod(filled) != len(devices):
     raise ValueError(
-      f"mesh data={data} x fsdp={fsdp} needs {data * fsdp} devices, but there "
-      f"are {num_devices}: set config.mesh.data=-1 and a config.mesh.fsdp that "
-      "divides the number of devices"
+      f"data={data} x fsdp={fsdp} x tensor={tensor} does not cover the "
+      f"{len(devices)} devices: set one of them to -1, and the others to "
+      "numbers whose product divides that of the devices"
     )
   return jax.make_mesh(
-    (data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2
+    filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+  )
+
+
+def platform() -> str:
+  """Returns what is computed on, "cpu", "gpu" or "tpu".
+
+  Of the mesh that is set, which may be of devices that are not here, and
+  JAX's default without one.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def active_mesh():
+  """Returns the mesh that is set if there is work to share, else None.
+
+  None too within `jax.shard_map`, which has shared it out already.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
+    return None
+  return mesh
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Says how an activation is split over the mesh that is set, if one is.
+
+  Args:
+    x: The activation.
+    *names: Logical axis of each of its axes.
+
+  Returns:
+    x.
+  """
+  mesh = active_mesh()
+  if mesh is None:
+    return x
+  spec = RULES.spec(names, x.shape, mesh)
+  return jax.lax.with_sharding_constraint(x, spec)
+
+
+def constrain_batch(batch):
+  """Says that a batch is split along its first axis.
+
+  Args:
+    batch: Tree of arrays [B, ...], such as numpy arrays that each process has
+      whole.
+
+  Returns:
+    The same tree.
+  """
+  return jax.tree.map(
+    lambda x: constrain(x, "batch", *(None,) * (x.ndim - 1)), batch
+  )
+
+
+def constrain_parameters(params, num_stacked: int = 0):
+  """Says that a layer's parameters, and so their gradients, stay split.
+
+  Otherwise the compiler may add up whole gradients on every device.
+
+  Args:
+    params: Tree of arrays of one layer.
+    num_stacked: Layers in the stack that they are a slice of, 0 for none.
+
+  Returns:
+    The same tree.
+  """
+  mesh = active_mesh()
+  if mesh is None:
+    return params
+
+  def one(path, x):
+    if num_stacked:
+      name, shape = f"layers/{_name(path)}", (num_stacked, *x.shape)
+      spec = PartitionSpec(*tuple(_spec(name, shape, mesh))[1:])
+    else:
+      spec = _spec(_name(path), x.shape, mesh)
+    return jax.lax.with_sharding_constraint(x, spec)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def replicate(tree):
+  """Says that results are whole on every device: each process can read them."""
+  if active_mesh() is None:
+    return tree
+  return jax.lax.with_sharding_constraint(tree, PartitionSpec())
+
+
+def gather(tree):
+  """Fetches what other processes have of arrays.
+
+  Args:
+    tree: Tree of arrays; every process calls this.
+
+  Returns:
+    The tree, with numpy arrays in place of those that this process has only in
+    part.
+  """
+  return jax.tree.map(
+    lambda x: (
+      multihost_utils.process_allgather(x, tiled=True)
+      if isinstance(x, jax.Array) and not x.is_fully_addressable
+      else x
+    ),
+    tree,
   )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding that puts a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of a batch: along its first axis."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def put_batch(batch, mesh: Mesh):
@@ -65,14 +279,14 @@ def put_batch(batch, mesh: Mesh):
   Returns:
     Tree of jax.Array, split over `data` and `fsdp` along the first axis.
   """
-  sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+  sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
     batch,
   )
 
 
-def fsdp_shardings(tree, mesh: Mesh):
+def state_shardings(tree, mesh: Mesh):
   """Chooses where every leaf of a state lives.
 
   Args:
@@ -82,23 +296,93 @@ def fsdp_shardings(tree, mesh: Mesh):
   Returns:
     Tree of NamedSharding of the same structure.
   """
-  fsdp = mesh.shape["fsdp"]
 
   def choose(path, leaf):
-    if fsdp == 1 or math.prod(leaf.shape) < MIN_SHARDED_SIZE:
-      return replicated(mesh)
-    by_size = sorted(range(len(leaf.shape)), key=lambda i: -leaf.shape[i])
-    for axis in by_size:
-      if leaf.shape[axis] % fsdp == 0:
-        spec = [None] * len(leaf.shape)
-        spec[axis] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
-    logging.warning(
-      "not sharded over fsdp=%d (no axis of %s divides): %s",
-      fsdp,
-      leaf.shape,
-      jax.tree_util.keystr(path),
-    )
-    return replicated(mesh)
+    name = _name(path)
+    spec = _spec(name, leaf.shape, mesh)
+    if (
+      mesh.shape["fsdp"] > 1
+      and math.prod(leaf.shape) >= MIN_SHARDED_SIZE
+      and "fsdp" not in jax.tree.leaves(tuple(spec))
+    ):
+      logging.warning(
+        "not sharded over fsdp=%d (no axis of %s divides): %s",
+        mesh.shape["fsdp"],
+        leaf.shape,
+        name,
+      )
+    return NamedSharding(mesh, spec)
 
   return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def put_state(tree, mesh: Mesh):
+  """Puts arrays where `state_shardings` says.
+
+  Args:
+    tree: Tree of arrays, spread over all processes, or the same in each.
+    mesh: The mesh.
+
+  Returns:
+    Tree of jax.Array.
+  """
+
+  def known_to_all(x):
+    # What lies on a device of this process alone cannot be sent from there.
+    several = jax.process_count() > 1 and isinstance(x, jax.Array)
+    return np.asarray(x) if several and x.is_fully_addressable else x
+
+  shardings = state_shardings(tree, mesh)
+  return jax.device_put(jax.tree.map(known_to_all, tree), shardings)
+
+
+def _name(path) -> str:
+  """Returns a leaf's path as "params/llm/lm_head/kernel"."""
+  keys = (
+    getattr(key, "key", getattr(key, "name", getattr(key, "idx", None)))
+    for key in path
+  )
+  return "/".join(map(str, keys))
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """Splits a parameter as its rule says, and over fsdp along one axis more."""
+  if math.prod(shape) < MIN_SHARDED_SIZE:
+    return PartitionSpec()
+  logical = next(
+    (axes for end, axes in PARAMETERS.items() if name.endswith(end)), ()
+  )
+  if len(logical) > len(shape):  # Of an optimizer that keeps less.
+    logical = ()
+  stacked = len(shape) - len(logical)
+  names = (None,) * stacked + tuple(logical)
+  entries = list(RULES.spec(names, shape, mesh))
+  if (unsplit := _not_split(names, shape, entries, mesh)) is not None:
+    logging.warning("not sharded over %s: %s %s", unsplit, name, shape)
+  fsdp = mesh.shape["fsdp"]
+  if fsdp == 1:
+    return PartitionSpec(*entries)
+
+  local = [s // mesh.shape.get(e, 1) for s, e in zip(shape, entries)]
+
+  def padded_bytes(axis):
+    part = [s // fsdp if i == axis else s for i, s in enumerate(local)]
+    padding = (1,) * (len(part) - 2) + _TILE[-len(part) :]
+    return math.prod(-(-s // p) * p for s, p in zip(part, padding))
+
+  # Not over layers, of which a step of the scan wants one on every device.
+  first = 1 if "layers/" in name else 0
+  free = [a for a in range(first, len(shape)) if local[a] % fsdp == 0]
+  if free:
+    best = min(free, key=lambda a: (padded_bytes(a), -shape[a]))
+    entries[best] = (entries[best], "fsdp") if entries[best] else "fsdp"
+  return PartitionSpec(*entries)
+
+
+def _not_split(names, shape, entries, mesh) -> str | None:
+  """Names the first rule that could not be followed, None if all were."""
+  for name, size, entry in zip(names, shape, entries):
+    wanted = RULES.axes.get(name, ())
+    if entry is None and any(mesh.shape.get(axis, 1) > 1 for axis in wanted):
+      return f"{wanted[0]}={mesh.shape[wanted[0]]} ({name} {size})"
+  return None

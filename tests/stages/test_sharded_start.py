@@ -39,7 +39,7 @@ jax.tree.map(np.testing.assert_array_equal, whole.variables, split.variables)
 rules = dataclasses.replace(whole.model.codebook, paradigm="projected")
 model = dataclasses.replace(whole.model, codebook=rules)
 variables = model.init(jax.random.key(0), whole.variables.valid)
-placed = jax.device_put(variables, sharding.fsdp_shardings(variables, mesh))
+placed = jax.device_put(variables, sharding.state_shardings(variables, mesh))
 found, expected = (loading.fingerprint(model, v) for v in (placed, variables))
 assert found == expected
 

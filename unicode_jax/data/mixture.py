@@ -373,6 +373,7 @@ def mixture_iterator(
   process_index: int = 0,
   process_count: int = 1,
   num_workers: int = 0,
+  start: int = 0,
 ) -> grain.DatasetIterator:
   """Iterates for ever over rows of a mixture, shuffled anew in every epoch.
 
@@ -383,10 +384,10 @@ def mixture_iterator(
     process_index: this process.
     process_count: number of processes; divides `global_batch_size`.
     num_workers: as in `pipeline.image_iterator`.
+    start: as in `pipeline.image_iterator`.
 
   Returns:
     An iterator of batches of `Mixture.row`'s arrays with a leading axis.
-    Resumes exactly, as `pipeline.image_iterator` does.
 
   Raises:
     ConfigError: the batch does not divide.
@@ -402,7 +403,7 @@ def mixture_iterator(
   dataset = pipeline.shard(
     dataset, global_batch_size, process_index, process_count
   )
-  return pipeline.iterate(dataset, num_workers)
+  return pipeline.iterate(dataset, num_workers, start)
 
 
 def fixed_batches(

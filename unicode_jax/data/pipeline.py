@@ -2,8 +2,9 @@
 
 Every pipeline is an addressable `grain.MapDataset` up to its batches, so the
 global order is a function of the seed alone: process p of P reads rows
-p*b..(p+1)*b of each global batch (b = global_batch_size / P), whatever P is,
-and the state of an iterator is the number of batches that it has given out.
+p*b..(p+1)*b of each global batch (b = global_batch_size / P), whatever P is. An
+iterator has no state to keep: one that starts at batch n gives what any other
+gives after n batches, with any number of processes and workers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -101,6 +102,7 @@ def image_iterator(
   process_index: int = 0,
   process_count: int = 1,
   num_workers: int = 0,
+  start: int = 0,
 ) -> grain.DatasetIterator:
   """Iterates for ever over a weighted mixture of image sources.
 
@@ -117,11 +119,10 @@ def image_iterator(
     process_count: number of processes; divides `global_batch_size`.
     num_workers: worker processes; 0 reads in a thread of this process, which
       is the fastest for images that lie in a cache.
+    start: global batches to leave out, which a run that goes on has had.
 
   Returns:
-    An iterator of {"image": float32[b, S, S, 3] in [-1, 1]}. Its `get_state`
-    and `set_state` resume it exactly; the state fits any `process_count`, but
-    only the `num_workers` that it came from.
+    An iterator of {"image": float32[b, S, S, 3] in [-1, 1]}.
 
   Raises:
     ConfigError: weights do not fit the sources, a source is empty, the sizes
@@ -164,7 +165,7 @@ def image_iterator(
     dataset = dataset.random_map(RandomShift(shift))
   dataset = shard(dataset, global_batch_size, process_index, process_count)
   dataset = dataset.map(lambda batch: {"image": to_float(batch["image"])})
-  return iterate(dataset, num_workers)
+  return iterate(dataset, num_workers, start)
 
 
 class PackedText:
@@ -241,6 +242,7 @@ def text_iterator(
   process_index: int = 0,
   process_count: int = 1,
   num_workers: int = 0,
+  start: int = 0,
 ) -> grain.DatasetIterator:
   """Iterates for ever over packed conversations, rows shuffled in every epoch.
 
@@ -253,12 +255,12 @@ def text_iterator(
     process_index: this process.
     process_count: number of processes; divides `global_batch_size`.
     num_workers: as in `image_iterator`.
+    start: as in `image_iterator`.
 
   Returns:
     An iterator of batches of `sequences.pack_row`: token_ids int32[b, T, 1],
     labels, positions and segment_ids int32[b, T], loss_mask float32[b, T],
     image_mask bool[b, T].
-    Resumes exactly, as `image_iterator` does.
 
   Raises:
     ConfigError: no conversation has an answer in reach, or the batch does not
@@ -267,7 +269,7 @@ def text_iterator(
   rows = PackedText(conversations, tokenizer, sequence_length, "training text")
   dataset = grain.MapDataset.source(Epochs(rows, seed))
   dataset = shard(dataset, global_batch_size, process_index, process_count)
-  return iterate(dataset, num_workers)
+  return iterate(dataset, num_workers, start)
 
 
 def heldout_text_batches(
@@ -397,11 +399,11 @@ def shard(
 
 
 def iterate(
-  dataset: grain.MapDataset, num_workers: int
+  dataset: grain.MapDataset, num_workers: int, start: int
 ) -> grain.DatasetIterator:
-  """Starts reading ahead, in one thread or in `num_workers` processes."""
+  """Reads ahead from batch `start`, in a thread or `num_workers` processes."""
   options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-  batches = dataset.to_iter_dataset(options)
+  batches = dataset[start:].to_iter_dataset(options)
   if num_workers:
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))
   return iter(batches)

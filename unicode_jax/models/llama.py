@@ -4,8 +4,8 @@ Implements METHOD.md section 4's input type. `token_ids[B, T, D]` holds up to D
 ids per position, -1 elsewhere, and a position's embedding is the sum of the
 rows of its ids: one id for a text token, D for an image input. A plain LLaMA
 checkpoint is such a model with D = 1. The settings cover LLaMA 1-3, SmolLM,
-Mistral, Qwen2 and Qwen3. Loading their checkpoints, sampling and sharding are
-elsewhere.
+Mistral, Qwen2 and Qwen3. Where a mesh is set, activations are split as
+`sharding.RULES` say. Loading checkpoints and sampling are elsewhere.
 
 Parameters (float32 always): `embed_tokens/embedding` [K, E], `final_norm`,
 `lm_head/kernel` [E, K] if untied, and `layers_0`, `layers_1`, ... or, scanned,
@@ -21,13 +21,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from unicode_jax.nn import attention, norm, rope
+from unicode_jax import sharding
+from unicode_jax.nn import attention, fused_attention, norm, rope
 from unicode_jax.nn.blockwise import blockwise
 
-# What the backward pass may reuse; "none" keeps everything, "full" nothing.
+# What the backward pass may reuse; "none" keeps everything, "full" nothing but
+# the layers' inputs, "attention" what attention gave as well.
 REMAT_POLICIES = {
   "none": None,
   "full": jax.checkpoint_policies.nothing_saveable,
+  "attention": jax.checkpoint_policies.save_only_these_names(
+    fused_attention.NAME
+  ),
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -59,6 +64,7 @@ class LlamaConfig:
     scan_layers: one compiled layer in a loop: compiles faster, runs slower on
       CPU.
     remat_policy: a name in REMAT_POLICIES.
+    attention: kernel, see `fused_attention.choose`.
     attention_block: queries at a time, see `attention.attend`.
     dtype: compute dtype; parameters and logits are float32.
 
@@ -83,6 +89,7 @@ class LlamaConfig:
   sliding_window: int | None = None
   scan_layers: bool = False
   remat_policy: str = "none"
+  attention: str = "auto"
   attention_block: int | None = None
   dtype: str = "float32"
 
@@ -182,8 +189,12 @@ class _Weight(nn.Module):
     return self.param(self.leaf, self.init, self.shape)
 
 
-def _swiglu(x_E, gate_EF, up_EF, down_FE):
-  return (jax.nn.silu(x_E @ gate_EF) * (x_E @ up_EF)) @ down_FE
+def _swiglu(x, gate_EF, up_EF, down_FE):
+  """Maps [..., E] to [..., E]."""
+  hidden = jax.nn.silu(x @ gate_EF) * (x @ up_EF)
+  if hidden.ndim == 3:
+    hidden = sharding.constrain(hidden, "batch", "length", "mlp")
+  return hidden @ down_FE
 
 
 class MLP(nn.Module):
@@ -200,6 +211,8 @@ class MLP(nn.Module):
     up = _Weight((E, F), _in_init, name="up_proj")()
     down = _Weight((F, E), config.out_init, name="down_proj")()
     weights = [w.astype(config.dtype) for w in (gate, up, down)]
+    if sharding.active_mesh() is not None:
+      return _swiglu(x, *weights)
     out_NE = blockwise(
       lambda x_E: _swiglu(x_E, *weights),
       x.reshape(-1, E),
@@ -226,6 +239,7 @@ class DecoderLayer(nn.Module):
       norm_eps=config.norm_eps,
       window=config.sliding_window,
       block=config.attention_block,
+      kernel=config.attention,
       dtype=config.dtype,
       out_init=config.out_init,
       name="attention",
@@ -233,8 +247,17 @@ class DecoderLayer(nn.Module):
     rms_norm = functools.partial(norm.RMSNorm, config.norm_eps, config.dtype)
     y = rms_norm(name="attention_norm")(x)
     y, cache = attend(y, rope_table, queries, keys, start, cache)
-    x += y
-    return x + MLP(config, name="mlp")(rms_norm(name="mlp_norm")(x)), cache
+    x += _residual(y)
+    y = MLP(config, name="mlp")(rms_norm(name="mlp_norm")(x))
+    return x + _residual(y), cache
+
+
+def _split_parameters(variables, num_stacked):
+  return sharding.constrain_parameters(variables, num_stacked)
+
+
+def _residual(x_BTE):
+  return sharding.constrain(x_BTE, "batch", "residual", "embed")
 
 
 class Llama(nn.Module):
@@ -304,7 +327,7 @@ class Llama(nn.Module):
     x_BTE = embed(embedding, token_ids, depth_weights)
     if extra_embedding is not None:
       x_BTE += extra_embedding
-    x_BTE = x_BTE.astype(config.dtype)
+    x_BTE = _residual(x_BTE.astype(config.dtype))
     x_BTE, layers = self._decode(x_BTE, shared, cache)
     final_norm = norm.RMSNorm(config.norm_eps, config.dtype, name="final_norm")
     x_BTE = final_norm(x_BTE)
@@ -325,6 +348,13 @@ class Llama(nn.Module):
     config = self.config
     policy = REMAT_POLICIES[config.remat_policy]
     layer = DecoderLayer
+    if sharding.active_mesh() is not None and not self.is_initializing():
+      num_stacked = config.num_layers if config.scan_layers else 0
+      layer = nn.map_variables(
+        layer,
+        "params",
+        functools.partial(_split_parameters, num_stacked=num_stacked),
+      )
     if config.remat_policy != "none" and cache is None:
       layer = nn.remat(layer, policy=policy, prevent_cse=not config.scan_layers)
     if config.scan_layers and cache is None:

@@ -11,16 +11,19 @@ Ainslie et al., "GQA" (arXiv 2305.13245); the sliding window is Mistral's
                              position gap < window where there is one
 
 Padding is just one more segment (id 0): it sees itself, nobody else sees it,
-and so no row is ever without a key. There is no dropout and no fused kernel.
+and so no row is ever without a key. Whole sequences on accelerators go to the
+kernels of `fused_attention`. There is no dropout.
 """
 
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from unicode_jax.nn import norm, rope
+from unicode_jax import sharding
+from unicode_jax.nn import fused_attention, norm, rope
 from unicode_jax.nn.blockwise import blockwise
 
 _MASKED = -1e30  # finite, so that a masked score never makes a NaN
@@ -85,8 +88,9 @@ def attend(
   *,
   window: int | None = None,
   block: int | None = None,
+  kernel: str = "auto",
 ) -> jax.Array:
-  """Attends in blocks of queries.
+  """Attends in blocks of queries, or by a kernel of the device's own.
 
   Without a cache, a block reads only the keys up to its own end: half of the
   work of the whole square, in pieces that stay in the processor's cache. On CPU
@@ -103,13 +107,23 @@ def attend(
     window: a query sees keys less than `window` positions back, or None.
     block: queries at a time, 0 for all of them, None for 64 (or T / 8 if that
       is more) on CPU and all elsewhere.
+    kernel: see `fused_attention.choose`; with a cache it is not asked. Its
+      window counts tokens of the row, so a segment's positions must be
+      consecutive.
 
   Returns:
     [B, T, H, A], in the dtype of `v`; scores and their sum are float32.
   """
   (B, T, H, A), (_, G, S, _) = q.shape, k.shape
+  fused = fused_attention.choose(kernel, T) if keys is None else None
+  if fused is not None:
+    segment_ids = queries.segment_ids
+    if segment_ids is None:
+      segment_ids = jnp.ones((B, T), jnp.int32)
+    out_BHTA = fused(q.swapaxes(1, 2), k, v, segment_ids, window)
+    return out_BHTA.swapaxes(1, 2)
   if block is None:
-    block = max(64, -(-T // 8)) if jax.default_backend() == "cpu" else 0
+    block = max(64, -(-T // 8)) if sharding.platform() == "cpu" else 0
 
   def one_row(inputs):
     q_GRTA, k_GSA, v_GSA, queries, keys = inputs
@@ -146,6 +160,7 @@ class Attention(nn.Module):
     norm_eps: of that norm.
     window: see `attend`.
     block: see `attend`.
+    kernel: see `attend`.
     dtype: compute dtype; parameters are float32.
     out_init: initializer of the output projection.
   """
@@ -158,6 +173,7 @@ class Attention(nn.Module):
   norm_eps: float = 1e-5
   window: int | None = None
   block: int | None = None
+  kernel: str = "auto"
   dtype: jnp.dtype = jnp.float32
   out_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
@@ -195,7 +211,8 @@ class Attention(nn.Module):
       )(x).reshape(B, T, heads, self.head_dim)
       if self.qk_norm and name != "v":
         y = norm.RMSNorm(self.norm_eps, self.dtype, name=f"{name}_norm")(y)
-      return y
+      which = "heads" if name == "q" else "kv_heads"
+      return sharding.constrain(y, "batch", "length", which, "head_dim")
 
     q_BTHA = rope.apply_rope(project("q", self.num_heads), rope_table)
     k_BTGA = rope.apply_rope(project("k", self.num_kv_heads), rope_table)
@@ -218,7 +235,9 @@ class Attention(nn.Module):
       start,
       window=self.window,
       block=self.block,
+      kernel=self.kernel,
     )
+    out_BTHA = checkpoint_name(out_BTHA, fused_attention.NAME)
     out = nn.Dense(
       E,
       use_bias=False,

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from unicode_jax import sharding
+
 _PIECE_BYTES = 2**21
 _WHOLE_BYTES = 2**23
 
@@ -29,7 +31,7 @@ def blockwise(
   """
   count = jax.tree.leaves(inputs)[0].shape[0]
   whole = count * bytes_per_item <= _WHOLE_BYTES
-  if whole or jax.default_backend() != "cpu":
+  if whole or sharding.platform() != "cpu":
     return jax.vmap(function)(inputs)
   return jax.lax.map(
     jax.checkpoint(function),

@@ -184,6 +184,65 @@ def extend(
   return variables.replace(params=params)
 
 
+def make_optimizer(config):
+  """Makes the optimizer of a run."""
+  settings = optimizer_lib.OptimizerConfig(**config.optimizer["instruct"])
+  return optimizer_lib.make_optimizer(settings, config.num_steps)
+
+
+def make_phase(config, model: unicode_lib.UniCode, num_groups: int):
+  """Makes the only kind of step.
+
+  Args:
+    config: Resolved ConfigDict.
+    model: Architecture of stage II.
+    num_groups: Groups of the mixture.
+  """
+  instruct = config.instruct
+  return loop.Phase(
+    name="instruct",
+    stream="mixture",
+    step=instruct_step.make_instruct_step(
+      model,
+      make_optimizer(config),
+      num_groups=num_groups,
+      image_loss_weight=instruct.image_loss_weight,
+      microbatches=instruct.microbatches,
+    ),
+    items=instruct.global_batch_size * config.text.sequence_length,
+    unit="tokens",
+  )
+
+
+def initial_state(
+  config,
+  model: unicode_lib.UniCode,
+  key: jax.Array,
+  variables: unicode_lib.Variables,
+) -> state_lib.TrainState:
+  """Puts the variables of a start into a training state.
+
+  Args:
+    config: Resolved ConfigDict.
+    model: Architecture of stage II.
+    key: PRNG key.
+    variables: Of the start.
+  """
+  model_key, run_key = jax.random.split(key)
+  variables = extend(model, model_key, variables)
+  groups = {
+    name: variables.params[name]
+    for name in instruct_step.trained_groups(model)
+  }
+  return state_lib.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    rng=jax.random.key_data(run_key),
+    variables=variables,
+    discriminator={},
+    opt_state={"instruct": make_optimizer(config).init(groups)},
+  )
+
+
 class InstructStage:
   """The mixture of tasks at every step."""
 
@@ -209,7 +268,7 @@ class InstructStage:
     self.config, self.data = config, data
     self.model = loading.build_model(config)
     self._start = starting_variables(config, loaded, self.model)
-    self.valid = np.asarray(loaded.variables.valid)
+    self.valid = np.asarray(sharding.gather(loaded.variables.valid))
     self.total_steps = config.num_steps
     self.alarm_config = alarm_lib.AlarmConfig(**config.alarm)
     rows = mixture_config(config, data.image_weights)
@@ -235,21 +294,7 @@ class InstructStage:
         views=(views_lib.AS_IS,),
       ),
     )
-    settings = optimizer_lib.OptimizerConfig(**config.optimizer["instruct"])
-    self.optimizer = optimizer_lib.make_optimizer(settings, config.num_steps)
-    instruct = config.instruct
-    self._phase = loop.Phase(
-      name="instruct",
-      stream="mixture",
-      step=instruct_step.make_instruct_step(
-        self.model,
-        self.optimizer,
-        num_groups=len(self.mixture.groups),
-        image_loss_weight=instruct.image_loss_weight,
-      ),
-      items=instruct.global_batch_size * config.text.sequence_length,
-      unit="tokens",
-    )
+    self._phase = make_phase(config, self.model, len(self.mixture.groups))
 
   def start(self, mesh: jax.sharding.Mesh):
     """Hands over the variables to start from, which it then forgets.
@@ -259,25 +304,13 @@ class InstructStage:
     start, self._start = self._start, None
     if start is None:
       raise RuntimeError("a stage starts once: make another")
-    return jax.device_put(start, sharding.fsdp_shardings(start, mesh))
+    return sharding.put_state(start, mesh)
 
   def init(self, key: jax.Array, start) -> state_lib.TrainState:
     """Puts the start into a training state."""
-    model_key, run_key = jax.random.split(key)
-    variables = extend(self.model, model_key, start)
-    groups = {
-      name: variables.params[name]
-      for name in instruct_step.trained_groups(self.model)
-    }
-    return state_lib.TrainState(
-      step=jnp.zeros((), jnp.int32),
-      rng=jax.random.key_data(run_key),
-      variables=variables,
-      discriminator={},
-      opt_state={"instruct": self.optimizer.init(groups)},
-    )
+    return initial_state(self.config, self.model, key, start)
 
-  def make_iterators(self):
+  def make_iterators(self, start):
     """Opens the stream of packed rows."""
     return {
       "mixture": mixture_lib.mixture_iterator(
@@ -287,6 +320,7 @@ class InstructStage:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=self.config.data.num_workers,
+        start=start["mixture"],
       )
     }
 
@@ -325,9 +359,10 @@ class InstructStage:
       name: variables.params[name]
       for name in instruct_step.trained_groups(self.model)
     }
+    batch = sharding.constrain_batch(batch)
     _, aux = instruct_step.instruct_loss(self.model, groups, variables, batch)
     sums = instruct_step.loss_sums(batch, aux, len(self.heldout.groups))
-    return sums, aux["hits"]
+    return sharding.replicate((sums, aux["hits"]))
 
   def evaluate(self, state, *, final: bool) -> dict[str, float]:
     """Measures held-out rows of every task, the right answers before given.

@@ -44,17 +44,21 @@ CURVES = tokenizer_stage.CURVES | {
 class PretrainStage(tokenizer_stage.TokenizerStage):
   """The alternation, and the decoder-only finetune after it."""
 
-  def __init__(self, config, data: data_lib.Data, model, valid: np.ndarray):
+  def __init__(self, config, data: data_lib.Data | None, model, valid):
     """Prepares the steps; see the base class for the arguments."""
     self.schedule = config.schedule
     self.cycle = config.schedule.tokenizer_steps + config.schedule.llm_steps
     super().__init__(config, data, model, valid)
     self.total_steps = config_lib.total_steps(config)
-    self.heldout_text = pipeline.heldout_text_batches(
-      data.heldout_texts,
-      data.text_tokenizer,
-      sequence_length=config.text.sequence_length,
-      global_batch_size=config.text.global_batch_size,
+
+  @functools.cached_property
+  def heldout_text(self):
+    """Batches of `pipeline.heldout_text_batches`."""
+    return pipeline.heldout_text_batches(
+      self.data.heldout_texts,
+      self.data.text_tokenizer,
+      sequence_length=self.config.text.sequence_length,
+      global_batch_size=self.config.text.global_batch_size,
     )
 
   def start(self, mesh: jax.sharding.Mesh):
@@ -70,7 +74,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       )
     if not params:
       return None
-    return jax.device_put(params, sharding.fsdp_shardings(params, mesh))
+    return sharding.put_state(params, mesh)
 
   def _tokenizer_updates(self) -> int:
     cycles, rest = divmod(self.config.num_steps, self.cycle)
@@ -93,7 +97,9 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     phases["llm"] = loop.Phase(
       name="llm",
       stream="text",
-      step=steps.make_llm_step(self.model, self.optimizers["llm"]),
+      step=steps.make_llm_step(
+        self.model, self.optimizers["llm"], text.microbatches
+      ),
       items=text.global_batch_size * text.sequence_length,
       unit="tokens",
     )
@@ -101,9 +107,9 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       phases["finetune"] = self._image_phase("finetune", ("decoder",))
     return phases
 
-  def make_iterators(self):
+  def make_iterators(self, start):
     """Opens the streams of images and of text."""
-    return super().make_iterators() | {
+    return super().make_iterators(start) | {
       "text": pipeline.text_iterator(
         self.data.train_texts,
         self.data.text_tokenizer,
@@ -113,6 +119,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=self.config.data.num_workers,
+        start=start["text"],
       )
     }
 
@@ -188,12 +195,12 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
 
   @functools.partial(jax.jit, static_argnums=0)
   def _drift(self, state):
-    return codebook_lib.drift(*self._args(state))
+    return sharding.replicate(codebook_lib.drift(*self._args(state)))
 
   @functools.partial(jax.jit, static_argnums=0)
   def _agreement(self, variables, image):
     model = self.model
-    return quantizer_lib.code_agreement(
+    agreement = quantizer_lib.code_agreement(
       model.features(variables, image),
       model.table(variables),
       model.language_table(variables),
@@ -202,6 +209,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       kind=model.quantizer,
       depth=model.depth,
     )
+    return sharding.replicate(agreement)
 
   def summarize(self, state, window, batch) -> dict[str, float]:
     """Adds drift and code agreement (H3), on the latest images."""
@@ -214,8 +222,10 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
 
   @functools.partial(jax.jit, static_argnums=0)
   def _heldout_text(self, llm_params, batch):
+    batch = sharding.constrain_batch(batch)
     loss, aux = steps.text_loss(self.model, llm_params, batch)
-    return loss * aux["num_tokens"], aux["num_tokens"]
+    tokens = aux["num_tokens"]
+    return sharding.replicate((loss * tokens, tokens))
 
   def evaluate(self, state, *, final: bool) -> dict[str, float]:
     """Adds held-out text perplexity."""

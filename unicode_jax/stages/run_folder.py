@@ -1,11 +1,13 @@
 """The run folder: belongs to one config, which it keeps."""
 
+import fnmatch
 import os
 import pathlib
 
 from unicode_jax import config as config_lib
 
-# Keys that may differ when a run is resumed: they do not change its numbers.
+# Keys that may differ when a run is resumed: they change its numbers by no more
+# than rounding.
 FREE_KEYS = (
   "log_every",
   "eval_every",
@@ -17,6 +19,12 @@ FREE_KEYS = (
   "data.codes",
   "evaluate",
   "mesh",
+  "distributed",
+  "data.num_workers",
+  "*.microbatches",
+  "llm.attention",
+  "llm.attention_block",
+  "llm.remat_policy",
   "alarm",
 )
 
@@ -42,7 +50,9 @@ def check(workdir: pathlib.Path, config) -> None:
       f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
       for key in sorted(old.keys() | new.keys())
       if old.get(key) != new.get(key)
-      and not any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
+      and not any(
+        fnmatch.fnmatch(key, k) or key.startswith(k + ".") for k in FREE_KEYS
+      )
     ]
     if differing:
       raise config_lib.ConfigError(

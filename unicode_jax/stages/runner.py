@@ -34,7 +34,9 @@ def load_data(
   """
   text = None
   if with_text:
-    text = data_lib.TextConfig(**config.text)
+    settings = dict(config.text)
+    del settings["microbatches"]  # Of the step, not of the data.
+    text = data_lib.TextConfig(**settings)
     if tokenizer_path is not None:
       text = dataclasses.replace(text, tokenizer_path=tokenizer_path)
   return data_lib.load_data(
@@ -70,7 +72,15 @@ def prepare(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
   """
   config_lib.check_devices(config, jax.device_count())
   run_folder.check(workdir, config)
-  return sharding.make_mesh(**config.mesh)
+  mesh = sharding.make_mesh(**config.mesh)
+  if jax.process_index() == 0 and mesh.size > 1:
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    print(
+      f"{mesh.size} devices ({jax.devices()[0].device_kind}, "
+      f"{jax.process_count()} processes): {sizes}",
+      flush=True,
+    )
+  return mesh
 
 
 def train_and_report(

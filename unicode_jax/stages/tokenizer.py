@@ -59,7 +59,7 @@ class TokenizerStage:
   def __init__(
     self,
     config,
-    data: data_lib.Data,
+    data: data_lib.Data | None,
     model: unicode_lib.UniCode,
     valid: np.ndarray,
   ):
@@ -67,7 +67,7 @@ class TokenizerStage:
 
     Args:
       config: Resolved ConfigDict.
-      data: Images and texts.
+      data: Images and texts; None if only the programs are wanted.
       model: Architecture.
       valid: bool[K], ids that may be visual codes.
     """
@@ -92,7 +92,11 @@ class TokenizerStage:
         optimizer=self.optimizers["discriminator"],
       )
     if loss.perceptual > 0:
-      self.perceptual_weights = perceptual.load_weights(loss.perceptual_weights)
+      self.perceptual_weights = (
+        perceptual.weight_shapes()
+        if data is None
+        else perceptual.load_weights(loss.perceptual_weights)
+      )
     self.phases = self._make_phases()
 
   def _optimizer(self, name: str, num_steps: int):
@@ -172,7 +176,7 @@ class TokenizerStage:
       },
     )
 
-  def make_iterators(self):
+  def make_iterators(self, start):
     """Opens the stream of images."""
     settings = self.config.data
     return {
@@ -187,6 +191,7 @@ class TokenizerStage:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         num_workers=settings.num_workers,
+        start=start["image"],
       )
     }
 

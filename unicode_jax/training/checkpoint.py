@@ -1,14 +1,15 @@
 """Orbax checkpoints of everything that a run needs to go on exactly.
 
-One checkpoint holds the whole `TrainState`, the position of every data
-iterator and a small JSON record (resolved config, alarm, seconds trained).
+One checkpoint holds the whole `TrainState` and a small JSON record (resolved
+config, alarm, seconds trained). It holds no position in the data: that follows
+from the step (`loop`). It can be restored on another mesh, by another number of
+processes.
 """
 
 from collections.abc import Mapping
 import pathlib
 from typing import Any
 
-import grain.python as grain
 import jax
 import orbax.checkpoint as ocp
 
@@ -36,7 +37,6 @@ class Checkpointer:
     self,
     step: int,
     state: Any,
-    iterators: Mapping[str, Any],
     record: Mapping[str, Any],
   ) -> None:
     """Saves asynchronously; returns when the state has been copied.
@@ -44,7 +44,6 @@ class Checkpointer:
     Args:
       step: Steps done.
       state: Tree of jax.Array.
-      iterators: Grain iterators by name.
       record: JSON-able facts.
     """
     self._manager.save(
@@ -52,23 +51,16 @@ class Checkpointer:
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
         record=ocp.args.JsonSave(dict(record)),
-        **{
-          f"data_{name}": grain.PyGrainCheckpointSave(iterator)
-          for name, iterator in iterators.items()
-        },
       ),
     )
 
-  def restore(
-    self, step: int, state: Any, iterators: Mapping[str, Any]
-  ) -> tuple[Any, dict[str, Any]]:
+  def restore(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
     """Restores a checkpoint.
 
     Args:
       step: Which checkpoint.
       state: Tree of `jax.ShapeDtypeStruct` with shardings: structure, shapes
         and placement of what comes back.
-      iterators: Grain iterators by name; they are moved to the saved position.
 
     Returns:
       The state and the JSON record.
@@ -78,10 +70,6 @@ class Checkpointer:
       args=ocp.args.Composite(
         state=ocp.args.StandardRestore(state),
         record=ocp.args.JsonRestore(),
-        **{
-          f"data_{name}": grain.PyGrainCheckpointRestore(iterator)
-          for name, iterator in iterators.items()
-        },
       ),
     )
     return restored["state"], restored["record"]

@@ -14,7 +14,11 @@ import numpy as np
 import optax
 
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
-from unicode_jax.training import losses as losses_lib, state as state_lib
+from unicode_jax.training import (
+  accumulation,
+  losses as losses_lib,
+  state as state_lib,
+)
 
 
 def trained_groups(model: unicode_lib.UniCode) -> tuple[str, ...]:
@@ -102,8 +106,9 @@ def instruct_loss(
     image_loss_weight: Of a code of a drawn image, beside 1 for other tokens.
 
   Returns:
-    The loss, float32[] in nats per weighted token, and float32[B, T] each:
-    "nll", "hits" and "weight" (the loss mask).
+    The loss, float32[] in nats per weighted token; and "num_tokens", float32[],
+    the sum of weights, and float32[B, T] each "nll", "hits" and "weight" (the
+    loss mask).
   """
   codes = None
   if model.vision != "projector":
@@ -130,6 +135,7 @@ def instruct_loss(
   return loss, {
     "nll": aux["nll"],
     "hits": aux["hits"],
+    "num_tokens": aux["num_tokens"],
     "weight": batch["loss_mask"],
   }
 
@@ -183,6 +189,7 @@ def make_instruct_step(
   *,
   num_groups: int,
   image_loss_weight: float,
+  microbatches: int = 1,
 ) -> Callable:
   """Makes the step of stage II.
 
@@ -191,6 +198,7 @@ def make_instruct_step(
     optimizer: Updates the LLM and, for that baseline, the projector.
     num_groups: Groups of the mixture.
     image_loss_weight: See `instruct_loss`.
+    microbatches: Parts of the batch, see `accumulation`.
 
   Returns:
     (state, batch of `data.mixture`, unused) -> (state, metrics).
@@ -201,12 +209,14 @@ def make_instruct_step(
     del constants
     variables = state.variables
     groups = {name: variables.params[name] for name in trained}
-    (loss, aux), grads = jax.value_and_grad(
-      lambda groups: instruct_loss(
+    (loss, aux), grads = accumulation.value_and_grad(
+      lambda groups, batch: instruct_loss(
         model, groups, variables, batch, image_loss_weight
       ),
-      has_aux=True,
-    )(groups)
+      groups,
+      batch,
+      microbatches,
+    )
     updates, opt_state = optimizer.update(
       grads, state.opt_state["instruct"], groups
     )

@@ -94,8 +94,12 @@ class Stage(Protocol):
   def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
     """Draws the initial state."""
 
-  def make_iterators(self) -> dict[str, Any]:
-    """Opens the grain iterator of every stream."""
+  def make_iterators(self, start: Mapping[str, int]) -> dict[str, Any]:
+    """Opens the grain iterator of every stream.
+
+    Args:
+      start: Batches to leave out, by stream; 0 where there is no entry.
+    """
 
   def phase(self, step: int) -> Phase:
     """Returns what to do at a step (0-based)."""
@@ -141,29 +145,51 @@ class Stage(Protocol):
     """Says the metrics in a few words, for the progress line."""
 
 
+def jit_step(phase: Phase, shardings, mesh: jax.sharding.Mesh) -> Callable:
+  """Makes the program of a phase.
+
+  Args:
+    phase: What it does.
+    shardings: Of the state.
+    mesh: Device mesh.
+
+  Returns:
+    (state, batch, constants) -> (state, metrics); the state is donated, and the
+    metrics are whole on every device.
+  """
+  return jax.jit(
+    phase.step,
+    donate_argnums=0,
+    out_shardings=(shardings, sharding.replicated(mesh)),
+  )
+
+
 class _Programs:
   """Compiles every step and transition once, and keeps the state in place."""
 
   def __init__(self, shardings, mesh: jax.sharding.Mesh):
-    self._shardings = shardings
-    self._metrics = sharding.replicated(mesh)
-    self._compiled: dict[Any, Callable] = {}
-
-  def _get(self, function, out_shardings):
-    if function not in self._compiled:
-      self._compiled[function] = jax.jit(
-        function, donate_argnums=0, out_shardings=out_shardings
-      )
-    return self._compiled[function]
+    self._shardings, self._mesh = shardings, mesh
+    self._steps: dict[Phase, tuple[Callable, Any]] = {}
+    self._moves: dict[Transition, Callable] = {}
 
   def step(self, phase: Phase, state, batch):
     """Runs a phase's step; the state is donated."""
-    program = self._get(phase.step, (self._shardings, self._metrics))
-    return program(state, batch, phase.constants)
+    if phase not in self._steps:
+      everywhere = sharding.replicated(self._mesh)
+      self._steps[phase] = (
+        jit_step(phase, self._shardings, self._mesh),
+        jax.device_put(phase.constants, everywhere),
+      )
+    program, constants = self._steps[phase]
+    return program(state, batch, constants)
 
   def move(self, transition: Transition, state):
     """Runs a transition; the state is donated."""
-    return self._get(transition, self._shardings)(state)
+    if transition not in self._moves:
+      self._moves[transition] = jax.jit(
+        transition, donate_argnums=0, out_shardings=self._shardings
+      )
+    return self._moves[transition](state)
 
 
 class _Clock:
@@ -256,11 +282,10 @@ def _train(stage, workdir, config, mesh, until_step):
   checkpointer = checkpoint_lib.Checkpointer(
     workdir / "checkpoints", config.keep_checkpoints
   )
-  iterators = stage.make_iterators()
   key = jax.random.key(config.seed)
   start = stage.start(mesh)
   shapes = jax.eval_shape(stage.init, key, start)
-  shardings = sharding.fsdp_shardings(shapes, mesh)
+  shardings = sharding.state_shardings(shapes, mesh)
   latest = checkpointer.latest_step()
   if latest is None:
     state = jax.jit(
@@ -269,9 +294,13 @@ def _train(stage, workdir, config, mesh, until_step):
     step, record = 0, {"alarm_below_since": None, "train_seconds": 0.0}
   else:
     target = checkpoint_lib.abstract(shapes, shardings)
-    state, record = checkpointer.restore(latest, target, iterators)
+    state, record = checkpointer.restore(latest, target)
     step = latest
   del start
+  # Each step takes one batch of its phase's stream.
+  iterators = stage.make_iterators(
+    collections.Counter(stage.phase(s).stream for s in range(step))
+  )
   stop_at = stage.total_steps
   if until_step is not None:
     stop_at = min(stop_at, until_step)
@@ -301,7 +330,6 @@ def _train(stage, workdir, config, mesh, until_step):
     checkpointer.save(
       step,
       state,
-      iterators,
       dict(config.record)
       | {
         "alarm_below_since": alarm.below_since,

@@ -2,13 +2,20 @@
 
 With 32000 codes the logits are the largest array of a train step. Here they are
 made for a few hundred tokens at a time, and the gradient of hidden states and
-head comes out of the same pass over them. The image losses are elsewhere.
+head comes out of the same pass over them. On several devices each makes those
+of its own rows and, where the mesh has an axis `tensor`, of its own part of the
+vocabulary: what travels is a few numbers per token and, once, the gradients.
+The image losses are elsewhere.
 """
 
 import functools
 
 import jax
+from jax import lax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from unicode_jax import sharding
 
 
 def next_token_loss(
@@ -21,7 +28,8 @@ def next_token_loss(
   """Averages the cross entropy of the labels over the unmasked positions.
 
   Differentiable once, in `hidden` and `head_kernel` only, and only the loss.
-  Chunks run along T, so that a batch axis split over devices stays split.
+  On the mesh that is set, B is split over its axes `data` and `fsdp`, and K over
+  `tensor`, where they divide.
 
   Args:
     hidden: [B, T, E], the model's last hidden states, any float dtype; the
@@ -30,7 +38,7 @@ def next_token_loss(
     labels: int32[B, T], the target of position t itself (already shifted); any
       value where the mask is 0.
     loss_mask: float32[B, T], the weight of each position.
-    chunk: tokens at a time, over the whole batch.
+    chunk: tokens at a time, on one device.
 
   Returns:
     The loss, float32[] in nats per unmasked token (0 if all are masked), and
@@ -51,7 +59,7 @@ def next_token_loss(
     )
   num_tokens = loss_mask.astype(jnp.float32).sum()
   total, nll, hits = _summed_loss(
-    max(1, chunk // B), hidden, head_kernel, labels, loss_mask
+    chunk, hidden, head_kernel, labels, loss_mask
   )
   loss = total / jnp.where(num_tokens > 0, num_tokens, 1.0)
   return loss, {
@@ -63,23 +71,82 @@ def next_token_loss(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _summed_loss(length, hidden, kernel, labels, mask):
+def _summed_loss(chunk, hidden, kernel, labels, mask):
   """Returns the masked sum of cross entropy; it and hits by position."""
-  return _scan_chunks(length, hidden, kernel, labels, mask, False)[0]
+  return _on_mesh(chunk, hidden, kernel, labels, mask, False)[0]
 
 
-def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
-  """Returns (loss, nll, hits), and (d_hidden, d_kernel) if asked."""
+def _on_mesh(chunk, hidden, kernel, labels, mask, with_gradient):
+  """Shares `_scan_chunks` out; returns what it returns, of the whole batch."""
+  operands = hidden, kernel.astype(hidden.dtype), labels, mask
+  scan = functools.partial(_scan_chunks, chunk, with_gradient=with_gradient)
+  mesh = sharding.active_mesh()
+  if mesh is None:
+    return scan(*operands)
+  spec = functools.partial(sharding.RULES.spec, mesh=mesh)
+  rows = spec(("batch", None), labels.shape)
+  columns = spec((None, "vocab"), kernel.shape)
+  # Of the head's gradient each device keeps its share, as of parameters.
+  E, fsdp = kernel.shape[0], mesh.shape.get("fsdp", 1)
+  scattered = "fsdp" if rows[0] and E % fsdp == 0 else None
+  scan = functools.partial(
+    scan, batch_axes=rows[0] or (), vocab_axis=columns[1], scattered=scattered
+  )
+  gradients = (rows, PartitionSpec(scattered, columns[1]))
+  return jax.shard_map(
+    scan,
+    mesh=mesh,
+    in_specs=(rows, columns, rows, rows),
+    out_specs=(
+      (PartitionSpec(), rows, rows),
+      gradients if with_gradient else (None, None),
+    ),
+    check_vma=False,
+  )(*operands)
+
+
+def _scan_chunks(
+  chunk,
+  hidden,
+  kernel_EK,
+  labels,
+  mask,
+  *,
+  with_gradient,
+  batch_axes=(),
+  vocab_axis=None,
+  scattered=None,
+):
+  """Returns (loss, nll, hits), and (d_hidden, d_kernel) if asked.
+
+  Args:
+    chunk: tokens at a time.
+    hidden: [B, T, E].
+    kernel_EK: of hidden's dtype; of a device, its columns.
+    labels: int32[B, T].
+    mask: float32[B, T].
+    with_gradient: whether gradients are made.
+    batch_axes: mesh axes that the batch is split over.
+    vocab_axis: mesh axis that K is split over.
+    scattered: mesh axis of `batch_axes` over which d_kernel's rows are left
+      split.
+  """
   B, T, E = hidden.shape
-  count = -(-T // length)
+  count = -(-T // max(1, chunk // B))
   length = -(-T // count)
+  K = kernel_EK.shape[1]
 
   def split(x):
     x = jnp.pad(x, [(0, 0), (0, count * length - T)] + [(0, 0)] * (x.ndim - 2))
     return jnp.moveaxis(x.reshape(B, count, length, *x.shape[2:]), 1, 0)
 
-  kernel_EK = kernel.astype(hidden.dtype)
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  first = 0
+  everywhere = highest_everywhere = lambda x: x
+  if vocab_axis is not None:
+    first = lax.axis_index(vocab_axis) * K
+    everywhere = functools.partial(lax.psum, axis_name=vocab_axis)
+    highest_everywhere = functools.partial(lax.pmax, axis_name=vocab_axis)
 
   def join(x):
     return jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T]
@@ -90,11 +157,11 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
       lambda x: x.reshape(B * length, *x.shape[2:]), inputs
     )
     logits_NK = product("NE,EK->NK", x_NE, kernel_EK)
-    is_label_NK = labels_N[:, None] == jnp.arange(kernel.shape[1])
-    label_N = jnp.where(is_label_NK, logits_NK, 0).sum(axis=1)
-    highest_N = logits_NK.max(axis=1)
+    is_label_NK = labels_N[:, None] == first + jnp.arange(K)
+    label_N = everywhere(jnp.where(is_label_NK, logits_NK, 0).sum(axis=1))
+    highest_N = highest_everywhere(logits_NK.max(axis=1))
     exp_NK = jnp.exp(logits_NK - highest_N[:, None])
-    total_N = exp_NK.sum(axis=1)
+    total_N = everywhere(exp_NK.sum(axis=1))
     nll_N = jnp.log(total_N) + highest_N - label_N
     loss += jnp.sum(mask_N * nll_N)
     hits_N = (label_N >= highest_N).astype(jnp.float32)
@@ -104,27 +171,35 @@ def _scan_chunks(length, hidden, kernel, labels, mask, with_gradient):
         exp_NK * (mask_N / total_N)[:, None] - is_label_NK * mask_N[:, None]
       ).astype(hidden.dtype)
       d_kernel_EK += product("NE,NK->EK", x_NE, d_logits_NK)
-      d_x = product("NK,EK->NE", d_logits_NK, kernel_EK)
+      d_x = everywhere(product("NK,EK->NE", d_logits_NK, kernel_EK))
       d_x = d_x.astype(hidden.dtype).reshape(B, length, E)
     by_position = nll_N.reshape(B, length), hits_N.reshape(B, length)
     return (loss, d_kernel_EK), (by_position, d_x)
 
-  start = jnp.zeros(()), jnp.zeros(kernel.shape) if with_gradient else None
-  (loss, d_kernel), (by_position, d_hidden) = jax.lax.scan(
+  start = jnp.zeros(()), jnp.zeros(kernel_EK.shape) if with_gradient else None
+  (loss, d_kernel), (by_position, d_hidden) = lax.scan(
     one_chunk, start, tuple(map(split, (hidden, labels, mask)))
   )
+  loss = lax.psum(loss, batch_axes) if batch_axes else loss
   if with_gradient:
     d_hidden = join(d_hidden)
-    d_kernel = d_kernel.astype(kernel.dtype)
+    for axis in (batch_axes,) if isinstance(batch_axes, str) else batch_axes:
+      if axis == scattered:
+        d_kernel = lax.psum_scatter(d_kernel, axis, tiled=True)
+      else:
+        d_kernel = lax.psum(d_kernel, axis)
   return (loss, *map(join, by_position)), (d_hidden, d_kernel)
 
 
-def _forward(length, hidden, kernel, labels, mask):
-  return _scan_chunks(length, hidden, kernel, labels, mask, True)
+def _forward(chunk, hidden, kernel, labels, mask):
+  primal, (d_hidden, d_kernel) = _on_mesh(
+    chunk, hidden, kernel, labels, mask, True
+  )
+  return primal, (d_hidden, d_kernel.astype(kernel.dtype))
 
 
-def _backward(length, gradients, cotangents):
-  del length
+def _backward(chunk, gradients, cotangents):
+  del chunk
   d_hidden, d_kernel = gradients
   scale = cotangents[0]
   d_hidden = (scale * d_hidden).astype(d_hidden.dtype)

@@ -26,6 +26,7 @@ import numpy as np
 from unicode_jax import config as config_lib
 
 _CONVS_PER_BLOCK = (2, 2, 3, 3, 3)
+_CHANNELS = (64, 128, 256, 512, 512)
 # Layer numbers of VGG16's convolutions in torchvision, block by block.
 _TORCH_LAYERS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 # Means of Caffe's preprocessing in red, green, blue, on a scale of 0 to 255.
@@ -66,6 +67,24 @@ def load_weights(path: str | None = None) -> PerceptualWeights:
     ConfigError: the file has another ending, or lacks an array.
   """
   return _from_packages() if path is None else _from_file(path)
+
+
+def weight_shapes() -> PerceptualWeights:
+  """Returns the shapes of the weights, without reading them."""
+
+  def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  blocks, inputs = [], 3
+  for convs, outputs in zip(_CONVS_PER_BLOCK, _CHANNELS, strict=True):
+    block = []
+    for _ in range(convs):
+      block.append((shape(3, 3, inputs, outputs), shape(outputs)))
+      inputs = outputs
+    blocks.append(block)
+  return PerceptualWeights(
+    shape(3), shape(3), blocks, [shape(n) for n in _CHANNELS]
+  )
 
 
 def _from_packages() -> PerceptualWeights:

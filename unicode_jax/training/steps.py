@@ -15,6 +15,7 @@ import optax
 from unicode_jax import codebook as codebook_lib
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
 from unicode_jax.training import (
+  accumulation,
   adversarial,
   losses as losses_lib,
   perceptual,
@@ -212,13 +213,16 @@ def _move_codebook(state, params, codebook_state, output, z, config):
 
 
 def make_llm_step(
-  model: unicode_lib.UniCode, optimizer: optax.GradientTransformation
+  model: unicode_lib.UniCode,
+  optimizer: optax.GradientTransformation,
+  microbatches: int = 1,
 ) -> Callable:
   """Makes the text step: next-token prediction on answer tokens.
 
   Args:
     model: A model with an LLM.
     optimizer: Updates the LLM, its token table included.
+    microbatches: Parts of the batch, see `accumulation`.
 
   Returns:
     (state, packed text batch, unused) -> (state, metrics).
@@ -227,9 +231,12 @@ def make_llm_step(
   def step(state: state_lib.TrainState, batch, constants=None):
     del constants
     params = state.variables.params
-    (loss, aux), grads = jax.value_and_grad(
-      lambda llm: text_loss(model, llm, batch), has_aux=True
-    )(params["llm"])
+    (loss, aux), grads = accumulation.value_and_grad(
+      lambda llm, batch: text_loss(model, llm, batch),
+      params["llm"],
+      batch,
+      microbatches,
+    )
     updates, opt_state = optimizer.update(
       grads, state.opt_state["llm"], params["llm"]
     )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from unicode_jax import codebook as codebook_lib
+from unicode_jax import codebook as codebook_lib, sharding
 from unicode_jax.models import unicode as unicode_lib
 from unicode_jax.training import reconstruction_loss
 
@@ -30,6 +30,7 @@ def decode_prefixes(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def _batch_sums(model, variables, image, weight, with_pixels):
+  image, weight = sharding.constrain_batch((image, weight))
   z = model.features(variables, image)
   output = model.quantize(variables, z)
   codes = output.codes
@@ -48,7 +49,7 @@ def _batch_sums(model, variables, image, weight, with_pixels):
     decoded = decode_prefixes(model, variables, output.partial)
     psnr = jax.vmap(reconstruction_loss.psnr, in_axes=(None, 0))(image, decoded)
     sums["psnr"] = psnr @ weight
-  return sums
+  return sharding.replicate(sums)
 
 
 def _evaluate(model, variables, batches, with_pixels):
@@ -120,9 +121,8 @@ def evaluate_reconstruction(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruct(model, variables, image):
-  return decode_prefixes(
-    model, variables, model.encode(variables, image).partial
-  )
+  partial = model.encode(variables, image).partial
+  return sharding.replicate(decode_prefixes(model, variables, partial))
 
 
 def reconstruction_columns(
