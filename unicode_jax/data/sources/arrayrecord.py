@@ -18,7 +18,7 @@ import itertools
 import os
 from pathlib import Path
 import resource
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import grain
 import numpy as np
@@ -104,6 +104,9 @@ class RecordSource(ImageSource):
   """
 
   decoded: DecodedRecords
+
+  # Pillow lets others run while it decodes; more threads wait for each other.
+  read_threads: ClassVar[int] = min(4, os.cpu_count() or 1)
 
   @functools.cached_property
   def _pixels(self) -> DecodedRecords:
