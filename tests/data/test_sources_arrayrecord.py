@@ -268,14 +268,14 @@ train, _ = sources.load_arrayrecord(sys.argv[1], 8)
 before = len(os.listdir("/dev/fd"))
 [train[i] for i in range(len(train))]
 opened = len(os.listdir("/dev/fd")) - before
-assert opened == 15, opened
+assert opened == 6, opened
 print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 """
 
 
 def test_shards_are_opened_when_they_are_read(made, tmp_path):
   prepare.prepare(
-    "folder", str(made[0]), tmp_path / "out", shard_size=4, workers=1
+    "folder", str(made[0]), tmp_path / "out", shard_size=10, workers=1
   )
 
   def limited(hard):
@@ -291,5 +291,5 @@ def test_shards_are_opened_when_they_are_read(made, tmp_path):
   # The limit is raised as far as needed, or the remedy named.
   done = limited(1024)
   assert done.returncode == 0, done.stderr
-  assert int(done.stdout) == 15 + 512
-  assert "15 shards, but a process may open only 500" in limited(500).stderr
+  assert int(done.stdout) == 6 + 512
+  assert "6 shards, but a process may open only 500" in limited(500).stderr

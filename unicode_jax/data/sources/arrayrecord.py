@@ -20,7 +20,7 @@ from pathlib import Path
 import resource
 from typing import ClassVar, NamedTuple
 
-import grain
+from array_record.python import array_record_data_source
 import numpy as np
 
 from unicode_jax import config as config_lib
@@ -39,7 +39,7 @@ _OTHER_FILES = 512  # That a process has open beside the shards, at the most.
 
 
 class _ShardFile(NamedTuple):
-  """A shard, of which grain need not count the records."""
+  """A shard, of which nobody need count the records."""
 
   filename: str
   skip: int
@@ -60,9 +60,9 @@ class DecodedRecords:
   image_size: int
 
   @functools.cached_property
-  def records(self) -> grain.sources.ArrayRecordDataSource:
+  def records(self) -> array_record_data_source.ArrayRecordDataSource:
     """What reads records by number; opens a shard when it is first needed."""
-    return grain.sources.ArrayRecordDataSource(
+    return array_record_data_source.ArrayRecordDataSource(
       [_ShardFile(str(path), 0, count, count) for path, count in self.shards]
     )
 
