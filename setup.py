@@ -54,11 +54,16 @@ DEMO = [
 # is what current GPU images carry.
 TORCH = ["torch>=2.11,<2.14", "h5py>=3.12,<4"]
 
+# Reads data sets as Hugging Face publishes them. A major version comes every
+# few months and may move the reader of batches; 20 is the oldest tried.
+PARQUET = ["pyarrow>=20,<27"]
+
 EXTRAS = {
   "tpu": ["jax[tpu]>=0.10.2,<0.12"],
   # CUDA 13 is what jax 0.11's images carry; jax 0.10 supports it as well.
   "cuda": ["jax[cuda13]>=0.10.2,<0.12"],
   "torch": TORCH,
+  "parquet": PARQUET,
   "tfds": ["tensorflow-datasets>=4.9.10,<5"],
   # Reads GGUF files; transformers asks for accelerate to do so too.
   "gguf": ["gguf>=0.19,<0.20", "accelerate>=1.10,<2"],
@@ -66,6 +71,7 @@ EXTRAS = {
   "test": [
     *DEMO,
     *TORCH,
+    *PARQUET,
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "hypothesis>=6.170,<7",

@@ -19,7 +19,16 @@ FLOORS = (
   ("loading",),
   ("inference", "encoding"),
   ("stages", "convert", "evaluation"),
-  ("main", "evaluate", "generate", "chat", "tokenize", "export", "compile"),
+  (
+    "main",
+    "evaluate",
+    "generate",
+    "chat",
+    "tokenize",
+    "export",
+    "compile",
+    "prepare",
+  ),
 )
 FLOOR_OF = {name: i for i, names in enumerate(FLOORS) for name in names}
 FILES = {

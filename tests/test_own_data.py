@@ -1,5 +1,6 @@
 """docs/own_data.md: the example makes data, and its commands read them."""
 
+import os
 import pathlib
 import re
 import shlex
@@ -13,6 +14,9 @@ from unicode_jax import config as config_lib, data as data_lib
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs/own_data.md").read_text(encoding="utf-8")
 MAKE = re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1]
+PREPARE = shlex.split(
+  re.search(r"^python (-m unicode_jax\.prepare --from=folder.*)", PAGE, re.M)[1]
+)
 COMMANDS = [
   shlex.split(line)[3:]
   for line in re.findall(r"^python -m unicode_jax\.main .*", PAGE, re.MULTILINE)
@@ -22,7 +26,11 @@ COMMANDS = [
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
   folder = tmp_path_factory.mktemp("example")
-  subprocess.run([sys.executable, "-c", MAKE], cwd=folder, check=True)
+  environment = os.environ | {"PYTHONPATH": str(ROOT)}
+  for command in (["-c", MAKE], PREPARE):
+    subprocess.run(
+      [sys.executable, *command], cwd=folder, check=True, env=environment
+    )
   return folder
 
 
@@ -65,14 +73,14 @@ def test_the_commands_read_what_the_example_makes(
     questions = [c.turns[0][0] for side in sums for c in side]
     assert sum(" plus " in question for question in questions) == 40
   assert {len(a.captions) for a in said} == (
-    {1} if config.data.captions else {0}
+    {1} if config.data.captions or config.data.source == "arrayrecord" else {0}
   )
 
 
 def test_the_page_shows_every_way_in():
   shown = [config_of(command).data.source for command in COMMANDS]
-  assert shown == ["llava", "llava", "folder"]
+  assert shown == ["llava", "llava", "folder", "arrayrecord"]
   stages = [config_of(command).stage for command in COMMANDS]
-  assert stages == ["pretrain", "instruct", "pretrain"]
-  for name in ("embedded", "folder", "llava", "tfds"):
+  assert stages == ["pretrain", "instruct", "pretrain", "pretrain"]
+  for name in ("embedded", "folder", "llava", "tfds", "arrayrecord"):
     assert f"| `{name}` |" in PAGE

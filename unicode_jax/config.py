@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import difflib
 import fnmatch
 import functools
+import glob
 import json
 import math
 import os
@@ -92,10 +93,12 @@ def default_config() -> ConfigDict:
 
   config.data = data = ConfigDict()
   # "embedded": pictures that installed packages carry; your own: "folder"
-  # (images, captions), "llava" (conversations), "tfds" (docs/own_data.md).
+  # (images, captions), "llava" (conversations), "tfds", "arrayrecord" (what
+  # unicode_jax.prepare wrote); see docs/own_data.md.
   data.source = "embedded"
   # Folder of images of any size and mode, searched recursively; for TFDS the
-  # folder of prepared data sets.
+  # folder of prepared data sets; for "arrayrecord" a prepared folder, or a
+  # pattern that matches several.
   data.path = placeholder(str)
   # JSONL with one {"image": path inside the folder, "text": caption} a line.
   data.captions = placeholder(str)
@@ -355,7 +358,7 @@ def default_config() -> ConfigDict:
 _CHOICES = {
   "stage": STAGES,
   "platform": (None, "cpu", "gpu", "tpu"),
-  "data.source": ("embedded", "folder", "llava", "tfds"),
+  "data.source": ("embedded", "folder", "llava", "tfds", "arrayrecord"),
   "tokenizer.quantizer": QUANTIZERS,
   "tokenizer.dtype": ("float32", "bfloat16"),
   "codebook.paradigm": PARADIGMS,
@@ -587,6 +590,7 @@ _IMPOSSIBLE = (
       ("llava", "path", "the folder of images"),
       ("llava", "conversations", "the JSON file of conversations"),
       ("tfds", "tfds", "the name of a data set"),
+      ("arrayrecord", "path", "the --out of python -m unicode_jax.prepare"),
     )
   ),
   *(
@@ -598,7 +602,7 @@ _IMPOSSIBLE = (
       f"it: set data.source={' or '.join(map(repr, sources))}",
     )
     for key, sources in (
-      ("path", ("folder", "llava", "tfds")),
+      ("path", ("folder", "llava", "tfds", "arrayrecord")),
       ("captions", ("folder", "llava")),
       ("conversations", ("llava",)),
       ("tfds", ("tfds",)),
@@ -686,7 +690,11 @@ _WANTED = {
 
 # Paths that must exist when set, and what must be there.
 _PATHS = (
-  ("data.path", os.path.isdir, "a folder"),
+  (
+    "data.path",
+    lambda p: any(map(os.path.isdir, [p, *glob.iglob(p, recursive=True)])),
+    "a folder",
+  ),
   ("data.captions", os.path.isfile, "a file"),
   ("data.conversations", os.path.isfile, "a file"),
   ("data.codes", lambda p: p == "auto" or os.path.isdir(p), "a folder"),

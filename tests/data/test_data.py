@@ -124,7 +124,7 @@ def test_order_and_choice_of_sources(cache_dir):
 @pytest.mark.parametrize(
   ("change", "message"),
   [
-    ({"source": "web"}, "must be .embedded., .folder., .llava. or .tfds."),
+    ({"source": "web"}, "must be .embedded., .folder., .* or .arrayrecord."),
     ({"source": "folder"}, "source=folder needs config.data.path"),
     ({"source": "llava"}, "source=llava needs config.data.path"),
     ({"source": "llava", "path": "x"}, "needs config.data.conversations"),

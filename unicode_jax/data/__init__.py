@@ -33,9 +33,11 @@ class DataConfig:
   """Images: `config.data`.
 
   Attributes:
-    source: "embedded" (installed packages), "folder", "llava" or "tfds".
+    source: "embedded" (installed packages), "folder", "llava", "tfds" or
+      "arrayrecord".
     path: folder of images, for "folder" and "llava"; for "tfds" that of the
-      prepared data sets, None for TFDS's default.
+      prepared data sets, None for TFDS's default; for "arrayrecord" what
+      `unicode_jax.prepare` wrote, or a pattern that matches several.
     captions: JSONL of {"image", "text"} for "folder" and "llava", or None.
     conversations: LLaVA's JSON, for "llava".
     tfds: name of a data set, for "tfds".
@@ -212,10 +214,15 @@ def _sources(
   elif data.source == "tfds":
     name = _needed(data, "tfds", "the name of a data set")
     images = sources.load_tfds(name, image_size, data_dir=data.path, **shared)
+  elif data.source == "arrayrecord":
+    path = _needed(data, "path", "a prepared folder")
+    images = sources.load_arrayrecord(
+      path, image_size, heldout_fraction=data.heldout_fraction
+    )
   else:
     raise config_lib.ConfigError(
-      'config.data.source must be "embedded", "folder", "llava" or "tfds", not '
-      f"{data.source!r}"
+      'config.data.source must be "embedded", "folder", "llava", "tfds" or '
+      f'"arrayrecord", not {data.source!r}'
     )
   return [images], (1.0,), texts
 

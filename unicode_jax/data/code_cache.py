@@ -22,26 +22,24 @@ import hashlib
 import json
 import os
 from pathlib import Path
-import shutil
-import tempfile
 from typing import Any
 
-from array_record.python import array_record_module
 import grain
 import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import sources as sources_lib, views as views_lib
+from unicode_jax.data import (
+  shard_files,
+  sources as sources_lib,
+  views as views_lib,
+)
 
 # Raise it when the layout changes.
 _FORMAT = 2
 _MANIFEST, _UNFINISHED = "manifest.json", "unfinished.json"
-_WRITING = ".writing-"
 # Shards are what is done again after an interruption, and what processes share
 # the work by. At 64 positions of 5 codes and two views, 10 MB.
 IMAGES_PER_SHARD = 8192
-# Ids hardly compress, and each record is read by itself.
-_WRITER_OPTIONS = "group_size:1,uncompressed"
 
 _AGAIN = (
   "run python -m unicode_jax.tokenize --workdir=RUN --out=DIR again into "
@@ -192,7 +190,8 @@ class CodeWriter:
     found = self.folder.iterdir() if self.folder.is_dir() else ()
     # An interruption, or another process, may be about to write the plan.
     if any(
-      path.name != _begun(self.folder / _UNFINISHED).name for path in found
+      path.name != shard_files.begun(self.folder / _UNFINISHED).name
+      for path in found
     ):
       raise config_lib.ConfigError(
         f"{self.folder} holds files that are not codes: choose a new folder"
@@ -210,17 +209,17 @@ class CodeWriter:
       damaged = [
         path
         for path, checksum in _checksums(self.folder, found["sources"])
-        if not path.is_file() or _file_hash(path) != checksum
+        if not path.is_file() or shard_files.file_hash(path) != checksum
       ]
       if not damaged:
         return
-      _write_json(self.folder / _UNFINISHED, self._plan)
+      shard_files.write_json(self.folder / _UNFINISHED, self._plan)
       (self.folder / _MANIFEST).unlink()
       for path in damaged:
         path.unlink(missing_ok=True)
       return
     self.folder.mkdir(parents=True, exist_ok=True)
-    _write_json(self.folder / _UNFINISHED, self._plan)
+    shard_files.write_json(self.folder / _UNFINISHED, self._plan)
 
   def missing(
     self, process_index: int = 0, process_count: int = 1
@@ -240,26 +239,17 @@ class CodeWriter:
       ValueError: codes of another shape, number or range.
     """
     count = 0
-    with tempfile.TemporaryDirectory(
-      prefix=_WRITING, dir=self.folder, ignore_cleanup_errors=True
-    ) as name:
-      path = Path(name) / shard.path.name
-      writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-      try:
+    with shard_files.whole_files(shard.path) as (path,):
+      with shard_files.record_writer(path) as writer:
         for codes in batches:
           self._check_codes(codes)
           count += len(codes)
           for image_codes in codes.astype(self.facts.dtype):
             writer.write(image_codes.tobytes())
-      finally:
-        writer.close()
       if count != len(shard):
         raise ValueError(
           f"{shard.path.name} has {len(shard)} images, but got codes of {count}"
         )
-      with path.open("rb") as file:
-        os.fsync(file.fileno())
-      path.replace(shard.path)
 
   def _check_codes(self, codes: np.ndarray) -> None:
     """Raises ValueError where codes cannot be stored as they are."""
@@ -293,17 +283,16 @@ class CodeWriter:
         {
           **source,
           "shards": [
-            {**s, "sha256": _file_hash(self.folder / s["file"])}
+            {**s, "sha256": shard_files.file_hash(self.folder / s["file"])}
             for s in source["shards"]
           ],
         }
         for source in self._plan["sources"]
       ],
     }
-    _write_json(self.folder / _MANIFEST, manifest)
+    shard_files.write_json(self.folder / _MANIFEST, manifest)
     (self.folder / _UNFINISHED).unlink(missing_ok=True)
-    for left_over in self.folder.glob(f"{_WRITING}*"):
-      shutil.rmtree(left_over, ignore_errors=True)
+    shard_files.remove_left_overs(self.folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -385,7 +374,7 @@ def open_codes(
   for file, checksum in _checksums(folder, chosen):
     if not file.is_file():
       raise config_lib.ConfigError(f"{file} is missing: {_REPAIR}")
-    if _file_hash(file) != checksum:
+    if shard_files.file_hash(file) != checksum:
       raise config_lib.ConfigError(f"{file} is damaged: {_REPAIR}")
   return tuple(
     CodeReader(
@@ -462,34 +451,6 @@ def _checksums(
   ]
 
 
-def _file_hash(path: Path) -> str:
-  """Returns the SHA-256 of a file."""
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_json(path: Path) -> dict[str, Any]:
   """Reads a manifest."""
-  try:
-    found = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise config_lib.ConfigError(
-      f"{path} is damaged ({error}): remove its folder and {_AGAIN}"
-    ) from None
-  if not isinstance(found, dict):
-    raise config_lib.ConfigError(
-      f"{path} is no manifest of codes: remove its folder and {_AGAIN}"
-    )
-  return found
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-  """Writes a file that is whole as soon as it is there."""
-  temporary = _begun(path)
-  temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-  temporary.replace(path)
-
-
-def _begun(path: Path) -> Path:
-  """Returns the name of a file while it is being written."""
-  return path.with_suffix(".tmp")
+  return shard_files.read_json(path, f"remove its folder and {_AGAIN}")

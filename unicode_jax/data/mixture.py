@@ -403,7 +403,11 @@ def mixture_iterator(
   dataset = pipeline.shard(
     dataset, global_batch_size, process_index, process_count
   )
-  return pipeline.iterate(dataset, num_workers, start)
+  read_threads = [
+    group.source.read_threads for group in mixture.groups if group.source
+  ]
+  threads = 1 if mixture.cached else max(read_threads, default=1)
+  return pipeline.iterate(dataset, num_workers, start, threads)
 
 
 def fixed_batches(

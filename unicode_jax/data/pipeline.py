@@ -117,7 +117,7 @@ def image_iterator(
     crop_scale: see `RandomResizedCrop`; 1 for no crop.
     process_index: this process.
     process_count: number of processes; divides `global_batch_size`.
-    num_workers: worker processes; 0 reads in a thread of this process, which
+    num_workers: worker processes; 0 reads in threads of this process, which
       is the fastest for images that lie in a cache.
     start: global batches to leave out, which a run that goes on has had.
 
@@ -165,7 +165,8 @@ def image_iterator(
     dataset = dataset.random_map(RandomShift(shift))
   dataset = shard(dataset, global_batch_size, process_index, process_count)
   dataset = dataset.map(lambda batch: {"image": to_float(batch["image"])})
-  return iterate(dataset, num_workers, start)
+  threads = max(source.read_threads for source, _ in chosen)
+  return iterate(dataset, num_workers, start, threads)
 
 
 class PackedText:
@@ -399,10 +400,13 @@ def shard(
 
 
 def iterate(
-  dataset: grain.MapDataset, num_workers: int, start: int
+  dataset: grain.MapDataset, num_workers: int, start: int, num_threads: int = 1
 ) -> grain.DatasetIterator:
-  """Reads ahead from batch `start`, in a thread or `num_workers` processes."""
-  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+  """Reads ahead from batch `start`, in threads or `num_workers` processes."""
+  options = grain.ReadOptions(
+    num_threads=1 if num_workers else num_threads,
+    prefetch_buffer_size=max(2, num_threads),
+  )
   batches = dataset[start:].to_iter_dataset(options)
   if num_workers:
     batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))

@@ -2,11 +2,13 @@
 
 `embedded` reads installed packages, `folder` anyone's images, `llava` the JSON
 of LLaVA's data sets with their images, `tfds` what TensorFlow Datasets has
-prepared. Each gives training and held-out `ImageSource`s with `Annotation`s
-(`source`), decoded by `images`, and so serves METHOD sections 2 to 4. Sources
-know nothing of batches, of tokens or of the template.
+prepared, `arrayrecord` what `unicode_jax.prepare` has. Each gives training and
+held-out `ImageSource`s with `Annotation`s (`source`), decoded by `images`, and
+so serves METHOD sections 2 to 4. Sources know nothing of batches, of tokens or
+of the template.
 """
 
+from unicode_jax.data.sources.arrayrecord import load_arrayrecord
 from unicode_jax.data.sources.embedded import (
   easy_vqa_questions,
   has_chatterbot,
@@ -46,6 +48,7 @@ __all__ = [
   "easy_vqa_questions",
   "has_chatterbot",
   "is_heldout",
+  "load_arrayrecord",
   "load_chatterbot",
   "load_easy_vqa",
   "load_folder",

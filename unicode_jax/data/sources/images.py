@@ -19,6 +19,10 @@ IMAGE_SUFFIXES = (
   *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"),
   *(".tga", ".tif", ".tiff", ".webp"),
 )
+# Pillow's names of their formats.
+_FORMATS = (
+  *("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP"),
+)
 
 
 def decode_image(
@@ -50,6 +54,26 @@ def decode_image(
         Image.Resampling.BICUBIC,
       )
       return np.asarray(image)
+  except Image.DecompressionBombError as error:
+    raise config_lib.ConfigError(str(error)) from error
+
+
+def decode_whole(file: io.BytesIO) -> np.ndarray:
+  """Reads an image file as `decode_image` does, at its own size and shape.
+
+  Args:
+    file: of one of the kinds of `IMAGE_SUFFIXES`, whatever its name says:
+      Pillow would hand some others to programs of their own.
+
+  Returns:
+    uint8[H, W, 3], RGB.
+
+  Raises:
+    OSError, ValueError, SyntaxError: as `decode_image`.
+  """
+  try:
+    with Image.open(file, formats=_FORMATS) as opened:
+      return np.asarray(_to_rgb(ImageOps.exif_transpose(opened)))
   except Image.DecompressionBombError as error:
     raise config_lib.ConfigError(str(error)) from error
 

@@ -13,7 +13,7 @@ import hashlib
 import logging
 from pathlib import Path
 import re
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -67,6 +67,9 @@ class ImageSource:
   path: Path
   items: tuple[Mapping[str, Any], ...]
   annotations: tuple[Annotation, ...]
+
+  # Threads that a pipeline best reads with; more only help what is decoded.
+  read_threads: ClassVar[int] = 1
 
   def __len__(self) -> int:
     return len(self.items)

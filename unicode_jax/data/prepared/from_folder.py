@@ -1,0 +1,89 @@
+"""A folder of images with a captions file, as `data.source=folder` reads it.
+
+Names are relative paths, so the same images are held out of either.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from pathlib import Path
+
+from unicode_jax import config as config_lib
+from unicode_jax.data.prepared.inputs import (
+  MAX_IMAGE_BYTES,
+  Broken,
+  Inputs,
+  Sample,
+  stamped,
+)
+from unicode_jax.data.sources.folder import read_captions
+from unicode_jax.data.sources.images import IMAGE_SUFFIXES, list_images
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderPiece:
+  """Some images of a folder; see `inputs.Piece`.
+
+  Attributes:
+    name: for reports.
+    folder: where they lie.
+    images: relative path and captions of each.
+  """
+
+  name: str
+  folder: Path
+  images: tuple[tuple[str, tuple[str, ...]], ...]
+
+  def samples(self) -> Iterator[Sample | Broken]:
+    """Yields the images in order."""
+    for name, captions in self.images:
+      try:
+        path = self.folder / name
+        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+          yield Broken(name, f"{size} bytes are more than {MAX_IMAGE_BYTES}")
+          continue
+        yield Sample(name, path.read_bytes(), captions)
+      except OSError as error:
+        yield Broken(name, f"{type(error).__name__}: {error.strerror}")
+
+
+def folder_inputs(
+  path: str, captions: str | None, images_per_piece: int
+) -> Inputs:
+  """Lists a folder of images.
+
+  Args:
+    path: the folder, searched recursively.
+    captions: JSONL as of `data.captions`, or None.
+    images_per_piece: images of one piece.
+
+  Raises:
+    ConfigError: no such folder, no image in it, or a bad captions file.
+  """
+  folder = Path(path).expanduser()
+  if not folder.is_dir():
+    raise config_lib.ConfigError(
+      f"--path={path!r} is not a folder: give one with images"
+    )
+  contents = list_images(folder)
+  if not contents:
+    raise config_lib.ConfigError(
+      f"no image in {folder} or below it; looked for files that end in "
+      f"{', '.join(IMAGE_SUFFIXES)}"
+    )
+  files = [(content["name"], *content["stamp"]) for content in contents]
+  names = [name for name, *_ in files]
+  said = read_captions(captions, set(names))
+  if captions is not None:
+    files += stamped([("captions", Path(captions).expanduser())])
+  pieces = [
+    FolderPiece(
+      f"images {start} to {min(start + images_per_piece, len(names)) - 1}",
+      folder,
+      tuple(
+        (name, said.get(name, ()))
+        for name in names[start : start + images_per_piece]
+      ),
+    )
+    for start in range(0, len(names), images_per_piece)
+  ]
+  return Inputs(files, pieces)
