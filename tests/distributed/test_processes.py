@@ -73,8 +73,6 @@ def test_any_number_of_processes_goes_on(launch, logged, tmp_path):
   found, expected = logged(workdir), logged(straight)
   assert_close({s: found[s] for s in expected}, expected)
   # Each of four processes has read a quarter, and what lies ahead.
-  (whole,) = [
-    json.loads(p.read_text()) for p in straight.glob("8-0-of-1.json")
-  ]
+  (whole,) = [json.loads(p.read_text()) for p in straight.glob("8-0-of-1.json")]
   for result in written:
     assert 0 < result["reads"] <= whole["reads"] / 2

@@ -12,6 +12,12 @@ import pathlib
 import sys
 
 import jax
+import numpy as np
+
+from configs import instruct as instruct_config, pretrain as pretrain_config
+from unicode_jax import config as config_lib, loading, sharding
+from unicode_jax.stages import instruct, pretrain, run_folder, runner
+from unicode_jax.training import loop
 
 stage, workdir, until_step, *pairs = sys.argv[1:]
 if "JAX_NUM_PROCESSES" in os.environ:
@@ -19,13 +25,6 @@ if "JAX_NUM_PROCESSES" in os.environ:
     num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
     process_id=int(os.environ["JAX_PROCESS_ID"]),
   )
-
-import numpy as np
-
-from configs import instruct as instruct_config, pretrain as pretrain_config
-from unicode_jax import config as config_lib, loading, sharding
-from unicode_jax.stages import instruct, pretrain, run_folder, runner
-from unicode_jax.training import loop
 
 # Or nothing of a tiny model would be split.
 sharding.MIN_SHARDED_SIZE = 256

@@ -1,0 +1,160 @@
+"""What is read out of compiled and traced programs, against sums by hand."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from unicode_jax import compiled
+
+# A product whose sum runs over devices, five times in a loop.
+EXCHANGES = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec as P
+from unicode_jax import compiled, sharding
+
+mesh = sharding.make_mesh(fsdp=2, tensor=4)
+shape = jax.ShapeDtypeStruct
+def place(*spec):
+  return NamedSharding(mesh, P(*spec))
+
+def loop(x, w):
+  def body(x, _):
+    y = jax.lax.with_sharding_constraint(x @ w, place("fsdp", None))
+    return jnp.tanh(y), None
+  return jax.lax.scan(body, x, length=5)[0]
+
+traced = jax.jit(loop, out_shardings=place("fsdp", None)).trace(
+  shape((16, 64), jnp.float32, sharding=place("fsdp", None)),
+  shape((64, 64), jnp.float32, sharding=place("tensor", None)),
+)
+text = traced.lower().compile().as_text()
+for c in compiled.read(text, 8).collectives:
+  print(c.kind, c.group, c.times, c.bytes)
+print(compiled.matmul_flops(traced.jaxpr, 8))
+"""
+
+
+def test_exchanges_count_as_often_as_their_loop_runs(host_devices):
+  done = subprocess.run(
+    [sys.executable, "-c", EXCHANGES],
+    env=host_devices(8),
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  *lines, flops = done.stdout.splitlines()
+  kind, group, times, size = lines[0].split()
+  assert (kind, int(group), int(times)) == ("all-reduce", 4, 5)
+  # A ring hands 8 x 64 float32 around twice, less each device's own quarter.
+  assert float(size) == 5 * 2 * 3 / 4 * 8 * 64 * 4
+  assert float(flops) == 5 * 2 * 16 * 64 * 64
+
+
+def flops(function, *shapes):
+  arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+  return compiled.matmul_flops(jax.jit(function).trace(*arguments).jaxpr)
+
+
+def test_work_is_counted_in_scans_branches_and_again():
+  x, w = (4, 8), (8, 8)
+  one = 2 * 4 * 8 * 8
+  assert flops(jnp.matmul, x, w) == one
+
+  def scanned(x, w):
+    return jax.lax.scan(lambda x, _: (x @ w, None), x, length=3)[0]
+
+  assert flops(scanned, x, w) == 3 * one
+
+  def loss(x, w):
+    return jnp.sum(jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(x @ w) @ w))(x))
+
+  # Two products forward, again for the backward pass but for the last, and
+  # four products of gradients.
+  assert flops(jax.grad(loss, argnums=(0, 1)), x, w) in (7 * one, 8 * one)
+
+  def branch(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+  assert flops(branch, x, w) == 2 * one
+
+  def convolved(image, kernel):
+    return jax.lax.conv_general_dilated(
+      image, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  assert flops(convolved, (2, 6, 6, 3), (3, 3, 3, 5)) == (
+    2 * (2 * 6 * 6 * 5) * 3 * 3 * 3
+  )
+
+
+TEXT = """HloModule jit_step, is_scheduled=true
+
+%fused (p: bf16[8,128]) -> bf16[8,128] {
+  ROOT %m = bf16[8,128]{1,0} multiply(%p, %p), backend_config={"window_config":{"estimated_cycles":"999"}}
+}
+
+%all-reduce-scatter (i: bf16[256,128]) -> bf16[2,128] {
+  %all-reduce.1 = bf16[256,128]{1,0} all-reduce(%i), channel_id=7, replica_groups=mesh['axis_0'=2,'axis_1'=128] {'axis_1'}, to_apply=%add
+}
+
+%body (c: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %f = bf16[8,128]{1,0} fusion(%c), kind=kLoop, calls=%fused, backend_config={"window_config":{"estimated_cycles":"10"}}
+  %g = bf16[8,128]{1,0} fusion(%c), kind=kCustom, calls=%all-reduce-scatter, metadata={op_name="x"}
+}
+
+%condition (c: (s32[], bf16[8,128])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(32)
+  ROOT %lt = pred[]{:T(512)} compare(%n, %limit), direction=LT
+}
+
+ENTRY %main (p: bf16[8,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} copy(%p), backend_config={"window_config":{"estimated_cycles":"5"}}
+  %w = (s32[], bf16[8,128]) while(%t), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_the_tpu_compiler_s_text():
+  """As libtpu writes it: trips in the condition, sums that are scattered."""
+  found = compiled.read(TEXT, 256)
+  assert found.cycles == 5 + 32 * 10
+  (exchange,) = found.collectives
+  assert (exchange.kind, exchange.group) == ("reduce-scatter", 128)
+  assert exchange.times == 32
+  assert exchange.bytes == 32 * (256 * 128 * 2) * 127 / 128
+
+
+MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.51G of 15.75G hbm. Exceeded hbm capacity by 8.76G.
+
+  Largest program allocations in hbm:
+
+  1. Size: 2.00G
+     Operator: op_name="jit(step)/jvp(Llama)/mlp" source_file="x"
+     Shape: f32[32,4096,4096]{2,1,0:T(8,128)}
+     Unpadded size: 2.00G
+     ==========================
+
+  2. Size: 512.00M
+     Shape: bf16[4096,65536]{1,0:T(8,128)(2,1)}
+     Unpadded size: 512.00M
+     ==========================
+"""  # noqa: E501
+
+
+def test_what_does_not_fit():
+  assert compiled.used_memory(MESSAGE) == "24.51G of 15.75G hbm"
+  first, second = compiled.largest_buffers(MESSAGE)
+  assert first == "2.00G  f32[32,4096,4096]  jit(step)/jvp(Llama)/mlp"
+  assert second == "512.00M  bf16[4096,65536]"
+
+
+@pytest.mark.parametrize("name", sorted(compiled.CHIPS))
+def test_chips(name):
+  """No two units of the same fact are mixed up."""
+  chip = compiled.CHIPS[name]
+  assert 1e14 < chip.flops < 1e16
+  assert 16 * 2**30 <= chip.memory < 2**38
+  assert 1e11 < chip.links < 1e12

@@ -1,0 +1,132 @@
+"""Rules, meshes, and where arrays are put."""
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+import jax.numpy as jnp
+import pytest
+
+from unicode_jax import sharding
+
+
+def mesh(data=1, fsdp=1, tensor=1):
+  """A mesh without devices."""
+  return AbstractMesh(
+    (data, fsdp, tensor), sharding.AXES, axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def spec(name, *shape, **sizes):
+  shapes = jax.ShapeDtypeStruct(shape, jnp.float32)
+  tree = {}
+  branch = tree
+  *path, last = name.split("/")
+  for key in path:
+    branch[key] = branch = {}
+  branch[last] = shapes
+  (found,) = jax.tree.leaves(sharding.state_shardings(tree, mesh(**sizes)))
+  return found.spec
+
+
+def test_rules_translate_and_leave_out_what_does_not_divide():
+  sizes = mesh(2, 2, 4)
+  names = ("batch", "length", "heads", "head_dim")
+  assert sharding.RULES.spec(names, (8, 5, 8, 3), sizes) == P(
+    ("data", "fsdp"), None, "tensor", None
+  )
+  assert sharding.RULES.spec(names, (6, 5, 6, 3), sizes) == P(
+    None, None, None, None
+  )
+  one = mesh()
+  assert sharding.RULES.spec(names, (8, 5, 8, 3), one) == P(*(None,) * 4)
+
+
+def test_a_collision_and_an_unknown_axis_raise():
+  with pytest.raises(ValueError, match="twice"):
+    sharding.RULES.spec(("heads", "mlp"), (8, 8), mesh(tensor=4))
+  with pytest.raises(ValueError, match="'head' has no rule"):
+    sharding.RULES.spec(("head",), (8,), mesh())
+
+
+@pytest.mark.parametrize(
+  ("name", "shape", "sizes", "expected"),
+  [
+    # Rows for fsdp: of 16 columns a chip would pad to 128.
+    ("llm/x/gate_proj/kernel", (4096, 11008), {"fsdp": 256}, P("fsdp", None)),
+    (
+      "llm/x/gate_proj/kernel",
+      (4096, 11008),
+      {"fsdp": 128, "tensor": 2},
+      P("fsdp", "tensor"),
+    ),
+    (
+      "llm/x/down_proj/kernel",
+      (11008, 4096),
+      {"fsdp": 32, "tensor": 4},
+      P("tensor", "fsdp"),
+    ),
+    # Where an axis is as good as taken, both share it.
+    (
+      "llm/embed_tokens/embedding",
+      (32000, 4096),
+      {"fsdp": 128, "tensor": 2},
+      P(("tensor", "fsdp"), None),
+    ),
+    # Layers of a stack stay together, in the optimizer's moments too.
+    (
+      "opt/mu/llm/layers/attention/q_proj/kernel",
+      (32, 4096, 4096),
+      {"fsdp": 32, "tensor": 2},
+      P(None, "fsdp", "tensor"),
+    ),
+    ("decoder/conv/kernel", (512, 1024), {"fsdp": 8}, P(None, "fsdp")),
+    # Too small to be worth it.
+    ("llm/final_norm/scale", (4096,), {"fsdp": 8, "tensor": 2}, P()),
+  ],
+)
+def test_parameters_are_split_by_name(name, shape, sizes, expected):
+  assert spec(name, *shape, **sizes) == expected
+
+
+def test_what_cannot_be_split_is_logged(caplog):
+  assert spec("odd/kernel", 999, 1001, fsdp=8) == P(None, None)
+  assert "not sharded over fsdp=8" in caplog.text
+  assert "odd/kernel" in caplog.text
+  caplog.clear()
+  assert spec("q_proj/kernel", 1024, 999, tensor=2) == P(None, None)
+  assert "tensor=2" in caplog.text
+
+
+def test_a_layer_of_a_stack_has_the_stack_s_places():
+  """Or its gradient would be moved before it is added to the stack's."""
+  assert sharding.MIN_SHARDED_SIZE > 2**12
+  stacked = spec("layers/mlp/up_proj/kernel", 128, 64, 64, fsdp=8)
+  assert stacked == P(None, "fsdp", None)
+
+  def constrained(x):
+    tree = {"mlp": {"up_proj": {"kernel": x}}}
+    return sharding.constrain_parameters(tree, 128)
+
+  with jax.sharding.use_abstract_mesh(mesh(fsdp=8)):
+    jaxpr = jax.make_jaxpr(constrained)(jnp.zeros((64, 64)))
+  assert "('fsdp'" in str(jaxpr) or "'fsdp', None" in str(jaxpr)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "message"),
+  [
+    ((3, 1, 1), "data=3 x fsdp=1 x tensor=1"),
+    ((-1, 7, 1), "data=-1 x fsdp=7"),
+  ],
+)
+def test_a_mesh_that_does_not_cover_the_devices(sizes, message):
+  devices = jax.devices()[:1]
+  with pytest.raises(ValueError, match=message):
+    sharding.make_mesh(*sizes, devices=devices)
+
+
+def test_without_a_mesh_nothing_is_constrained():
+  x = jnp.ones((3, 5))
+  assert sharding.constrain(x, "batch", "vocab") is x
+  assert sharding.replicate(x) is x
+  assert sharding.active_mesh() is None
+  assert sharding.platform() == jax.default_backend()
