@@ -78,7 +78,12 @@ def get_devices(topology: str) -> Sequence:
   """
   kind, _, shape = topology.partition(":")
   os.environ["JAX_PLATFORMS"] = "cpu"
-  if kind == "cpu" and shape.isdigit() and int(shape):
+  if kind == "cpu":
+    if not shape.isdigit() or not int(shape):
+      raise config_lib.ConfigError(
+        f"--topology={topology} has no number of processors: use one such as "
+        "cpu:8"
+      )
     flag = f"--xla_force_host_platform_device_count={shape}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     import jax

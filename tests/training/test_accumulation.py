@@ -29,9 +29,9 @@ def given():
 def test_parts_add_up_to_the_whole(given, parts):
   params, batch = given
   expected, found = (
-    jax.jit(
-      lambda p, b, n=n: accumulation.value_and_grad(loss_fn, p, b, n)
-    )(params, batch)
+    jax.jit(lambda p, b, n=n: accumulation.value_and_grad(loss_fn, p, b, n))(
+      params, batch
+    )
     for n in (1, parts)
   )
   jax.tree.map(

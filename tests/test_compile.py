@@ -1,0 +1,94 @@
+"""The compile command, as a process of its own."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+INSTRUCT = "--config=configs/instruct.py:debug"
+
+
+def compile_(host_devices, *flags, timeout=600):
+  return subprocess.run(
+    [sys.executable, "-m", "unicode_jax.compile", *flags],
+    env=host_devices(1),
+    capture_output=True,
+    text=True,
+    timeout=timeout,
+  )
+
+
+def test_a_stage_on_eight_devices(host_devices, tmp_path):
+  """Without a run of stage I, data, or a device."""
+  path = tmp_path / "reports.json"
+  done = compile_(
+    host_devices,
+    *(INSTRUCT, "--topology=cpu:8", f"--json={path}"),
+    *("--config.mesh.fsdp=4", "--config.mesh.tensor=2"),
+    f"--cache={tmp_path / 'cache'}",
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "the model is that of configs/pretrain.py" in done.stdout
+  assert "mesh data 1 x fsdp 4 x tensor 2" in done.stdout
+  reports = {r["program"]: r for r in json.loads(path.read_text())}
+  assert reports.keys() == {"instruct", "decode"}
+  step = reports["instruct"]
+  assert step["fits"] and step["items"] == 8 * 64
+  assert step["arguments"] > 0 and step["temporaries"] > 0
+  # Nothing is recomputed here; masked scores are computed, but not counted.
+  assert 1 < step["executed_flops"] / step["flops"] < 1.5
+  kinds = {kind for kind, *_ in step["collectives"]}
+  assert {"all-gather", "all-reduce"} <= kinds
+  assert list((tmp_path / "cache").iterdir())
+
+
+def test_the_search_ranks_meshes(host_devices):
+  done = compile_(host_devices, INSTRUCT, "--topology=cpu:4", "--search")
+  assert done.returncode == 0, done.stderr[-3000:]
+  ranked = done.stdout.partition("ranked:\n")[2].splitlines()
+  # data 1, 2, 4 by tensor 1, and 1, 2 by 2: there are two heads.
+  assert len({line.split(":")[0] for line in ranked}) == len(ranked) == 5
+
+
+@pytest.mark.parametrize(
+  ("flags", "fragments"),
+  [
+    (["--topology=cpu:0"], ["--topology=cpu:0", "cpu:8"]),
+    (["--topology=cpu:3"], ["global_batch_size=8", "such as 9"]),
+    (["--topology=cpu:8", "--config.mesh.tensor=8"], ["llm.num_heads=2"]),
+    (["--topology=cpu:8", "--config.mash.tensor=8"], ["mash.tensor"]),
+    ([], ["--topology"]),
+  ],
+)
+def test_what_cannot_be_compiled_is_one_line(host_devices, flags, fragments):
+  done = compile_(host_devices, INSTRUCT, *flags)
+  assert done.returncode == 2
+  (line,) = done.stderr.strip().splitlines()
+  assert all(fragment in line for fragment in fragments), line
+
+
+@pytest.mark.skipif(
+  not importlib.util.find_spec("libtpu"), reason="the TPU's compiler: .[tpu]"
+)
+def test_the_tpu_s_compiler(host_devices, tmp_path):
+  path = tmp_path / "reports.json"
+  done = compile_(
+    host_devices,
+    *(INSTRUCT, "--topology=v5e:2x2", f"--json={path}", "--nodecode"),
+    "--config.mesh.fsdp=4",
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  (report,) = json.loads(path.read_text())
+  assert report["compute_seconds"] > 0 and report["link_seconds"] > 0
+  assert 0 < report["mfu_bound"] < 1
+  done = compile_(
+    host_devices,
+    *("--config=configs/pretrain.py:debug", "--topology=v5e:1x1", "--nodecode"),
+    *("--config.llm.embed_dim=8192", "--config.llm.mlp_dim=65536"),
+    "--config.codebook.projection=random",
+  )
+  assert done.returncode == 3
+  assert "DOES NOT FIT: needs" in done.stdout
+  assert "of 15.75G hbm" in done.stdout
