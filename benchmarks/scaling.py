@@ -25,10 +25,8 @@ SLICES = {
   "v5e:2x4": {"mesh.tensor": 1, "microbatches": 8},
   "v5e:4x8": {"mesh.tensor": 1, "microbatches": 2},
   "v5e:8x8": {"mesh.tensor": 1},
-  "v5e:8x16": {"mesh.tensor": 1},
   "v5e:16x16": {},
   "v5p:4x4x4": {"mesh.tensor": 1},
-  "v6e:8x8": {"mesh.tensor": 1},
   "v6e:16x16": {},
 }
 # Of which the full reports are shown.

@@ -11,9 +11,9 @@ Presets, as in --config=configs/instruct.py:debug
   debug       every code path, learns nothing          2 CPU cores  1 minute
   decompress  decompression alone, as pre-training     2 CPU cores  not measured
   smollm2     SmolLM2-135M, ChatML                     2 CPU cores  10 minutes
-  paper       LLaVA JSON, LLaMA-7B, Vicuna's template  TPU v5e-64   not yet
+  paper       LLaVA JSON, LLaMA-7B, Vicuna's template  TPU v5e-256  not run
 
-"paper" needs several hosts, which are not there yet.
+"paper" was compiled for TPUs (docs/scaling.md), not run.
 Baselines of the paper's tables, as settings of the same code:
   --config.instruct.vision=separate   codes have rows of their own
   --config.instruct.vision=projector --config.data.codes=none   as LLaVA

@@ -8,9 +8,9 @@ Presets, as in --config=configs/pretrain.py:debug
   (none)   32 px, RQ 4x4x4, 2048 tokens, d 192    2 CPU cores  about 5 minutes
   debug    16 px, RQ 2x2x2, tiny                  2 CPU cores  about 1 minute
   smollm2  32 px, RQ 4x4x4, SmolLM2-135M          2 CPU cores  about 10 minutes
-  paper    256 px, HQ 8x8 + 16x16, LLaMA-7B       TPU v5e-64   not yet
+  paper    256 px, HQ 8x8 + 16x16, LLaMA-7B       TPU v5e-256  not run
 
-"paper" needs several hosts, which are not there yet.
+"paper" was compiled for TPUs (docs/scaling.md), not run.
 Expected: PSNR 20.1 dB on held-out OpenMoji and 28.6 dB on the easy-VQA test
 images, 86 % of the codes in use at depth 1 over the training set, held-out text
 perplexity 213 (docs/stage1.md) with the defaults. "smollm2": docs/smollm2.md.

@@ -1,8 +1,8 @@
 """Rules, meshes, and where arrays are put."""
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
 import pytest
 
 from unicode_jax import sharding

@@ -94,6 +94,10 @@ def _run_link(name: str, config, workdir: pathlib.Path) -> None:
     stage.run(config, workdir)
   if names := _suites(config):
     if config.distributed:
+      import jax  # pylint: disable=g-import-not-at-top
+
+      if jax.process_index():
+        return
       print(
         f"evaluate {workdir} by one process: python -m unicode_jax.evaluate "
         f"--workdir={workdir} --suites={','.join(names)}"
