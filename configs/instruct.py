@@ -91,6 +91,8 @@ PRESETS = {
     "instruct.global_batch_size": 128,
     "optimizer.instruct.learning_rate": 2e-5,
     "optimizer.instruct.warmup_steps": 450,
+    # Elsewhere --config.platform=gpu: not on the processor by mistake.
+    "platform": "tpu",
     "mesh.data": 1,
     "mesh.fsdp": -1,
     "mesh.tensor": 2,

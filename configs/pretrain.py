@@ -129,6 +129,8 @@ PRESETS = {
     "optimizer.llm.warmup_steps": 2000,
     "alarm.perplexity_floor": 100.0,
     "alarm.patience": 5000,
+    # Elsewhere --config.platform=gpu: not on the processor by mistake.
+    "platform": "tpu",
     "mesh.data": 1,
     "mesh.fsdp": -1,
     "mesh.tensor": 2,

@@ -43,7 +43,9 @@ SHRUNK = {
   "schedule.llm_steps": 1,
   "schedule.finetune_steps": 1,
   "alarm.perplexity_floor": 1.0,
+  "platform": "cpu",
   "mesh.fsdp": 1,
+  "mesh.tensor": 1,
 }
 
 
