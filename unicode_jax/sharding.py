@@ -20,7 +20,7 @@ import math
 
 from absl import logging
 import jax
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -30,8 +30,9 @@ CODE_AXIS = "tensor"
 # Smaller arrays stay whole: splitting them costs more in latency than it saves
 # in memory.
 MIN_SHARDED_SIZE = 2**18
-# What accelerators pad the last two axes of an array to.
-_TILE = (8, 128)
+# What TPUs pad the last two axes of an array to, in bfloat16, in which parameters
+# are gathered. Pieces that do not fill it cannot be put together as they are.
+_TILE = (16, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,9 +148,11 @@ def make_mesh(
       f"{len(devices)} devices: set one of them to -1, and the others to "
       "numbers whose product divides that of the devices"
     )
-  return jax.make_mesh(
-    filled, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+  # An axis of the mesh may be a part of one of a pod's, such as 2 of 4x4x4.
+  placed = mesh_utils.create_device_mesh(
+    filled, devices, allow_split_physical_axes=True
   )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def platform() -> str:

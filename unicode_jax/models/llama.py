@@ -25,6 +25,15 @@ from unicode_jax import sharding
 from unicode_jax.nn import attention, fused_attention, norm, rope
 from unicode_jax.nn.blockwise import blockwise
 
+
+def _with_attention(policy):
+  """Keeps what attention gave too, which a kernel's product is not seen in."""
+  attention_too = jax.checkpoint_policies.save_only_these_names(
+    fused_attention.NAME
+  )
+  return jax.checkpoint_policies.save_from_both_policies(policy, attention_too)
+
+
 # What the backward pass may reuse; "none" keeps everything, "full" nothing but
 # the layers' inputs, "attention" what attention gave as well.
 REMAT_POLICIES = {
@@ -33,8 +42,10 @@ REMAT_POLICIES = {
   "attention": jax.checkpoint_policies.save_only_these_names(
     fused_attention.NAME
   ),
-  "dots": jax.checkpoint_policies.dots_saveable,
-  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": _with_attention(jax.checkpoint_policies.dots_saveable),
+  "dots_no_batch": _with_attention(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
 }
 _in_init = nn.initializers.lecun_normal()
 
