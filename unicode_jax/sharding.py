@@ -30,8 +30,8 @@ CODE_AXIS = "tensor"
 # Smaller arrays stay whole: splitting them costs more in latency than it saves
 # in memory.
 MIN_SHARDED_SIZE = 2**18
-# What TPUs pad the last two axes of an array to, in bfloat16, in which parameters
-# are gathered. Pieces that do not fill it cannot be put together as they are.
+# What TPUs pad the last two axes to in bfloat16, in which parameters are
+# gathered. Pieces that do not fill it cannot be put together as they are.
 _TILE = (16, 128)
 
 
