@@ -12,6 +12,14 @@ FINAL_STATUSES="2 3"
 DRY_RUN=false
 COMMAND=
 EXTRA=()
+# Where the hosts see the bucket, once check_bucket knows which.
+BUCKET_FOLDER=
+# How Cloud Storage FUSE mounts it, for GKE; worker.sh says the same. Folders may
+# be renamed, which ends a checkpoint, also in buckets without a hierarchical
+# namespace. What other hosts write is seen: at once if it is new, after a minute
+# if it is newer; for machines with TPUs, never would be the default.
+MOUNT_OPTIONS=implicit-dirs,file-system:rename-dir-limit:200000
+MOUNT_OPTIONS+=,metadata-cache:negative-ttl-secs:0,metadata-cache:ttl-secs:60
 
 # Ends with one line for the user, and the status of a bad setting.
 die() {
@@ -94,12 +102,16 @@ check_project() { check PROJECT '([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]' my
 # Sets TRAINING, what each process runs: check_training PLATFORM WORKDIR. The
 # folder is the run's own, so that the same command goes on where it stopped.
 check_training() {
-  local file
+  local file word mounted='so mount the bucket on all nodes'
+  [[ -z $BUCKET_FOLDER ]] || mounted="and has gs://$BUCKET as $BUCKET_FOLDER"
   check CONFIG '.*[^ ].*' configs/instruct.py:paper
   file=${CONFIG%%.py:*}
   [[ $file == "$CONFIG" ]] || file+=.py
   [[ $file != configs/* || -f $ROOT/$file ]] ||
     die "--config='$CONFIG' cannot be used: there is no $file here"
+  for word in "$2" "$CONFIG" ${EXTRA[@]+"${EXTRA[@]}"}; do
+    [[ $word != *gs://* ]] || die "'$word' cannot be used: the training knows folders alone, $mounted"
+  done
   TRAINING=(
     python -m unicode_jax.main "--config=$CONFIG" "--workdir=$2"
     --config.distributed=True "--config.platform=$1" ${EXTRA[@]+"${EXTRA[@]}"}
@@ -111,6 +123,7 @@ check_bucket() {
   BUCKET=${BUCKET#gs://}
   BUCKET=${BUCKET%/}
   check BUCKET '[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]' my-bucket
+  BUCKET_FOLDER=/mnt/$BUCKET
 }
 
 # Looks ACCELERATOR up: RUNTIME_DEFAULT for a Cloud TPU VM; GKE_ACCELERATOR,

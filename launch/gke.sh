@@ -6,6 +6,7 @@
 #   render   prints the JobSet, launch/gke/jobset.yaml filled in
 #   apply    starts it, with kubectl
 #   xpk      starts the same training with xpk, on a cluster that xpk made
+#   attach   what xpk needs once for each bucket: makes it a storage of the cluster
 #   status   prints how the JobSet and its pods are
 #   logs     prints the end of the logs of the first host of each slice
 #   delete   stops it; node pools stay, and cost money, unless they scale down
@@ -18,7 +19,8 @@
 #   --accelerator          v5litepod-256, v6e-64, v5p-128, v4-64, ...
 #   --slices               of that kind, by default 1
 #   --image                made from launch/Dockerfile
-#   --bucket               its folder RUN keeps the run, which goes on from there
+#   --bucket               mounted on /mnt/BUCKET; its folder RUN keeps the run,
+#                          which goes on from there
 #   --config               configs/instruct.py:paper, say
 #   --service_account      of Kubernetes, by default "default"
 #   --max_restarts         of the whole set, by default 20
@@ -44,7 +46,9 @@ render() {
     "run=$RUN" "namespace=$NAMESPACE" "slices=$SLICES" "hosts=$HOSTS" "chips=$CHIPS" \
     "accelerator=$GKE_ACCELERATOR" "topology=$TOPOLOGY" "image=$IMAGE" \
     "service_account=$SERVICE_ACCOUNT" "max_restarts=$MAX_RESTARTS" \
-    "grace_seconds=$GRACE_SECONDS" "final_statuses=$FINAL_STATUSES" -- "${TRAINING[@]}"
+    "grace_seconds=$GRACE_SECONDS" "final_statuses=$FINAL_STATUSES" \
+    "bucket=$BUCKET" "bucket_folder=$BUCKET_FOLDER" "mount_options=$MOUNT_OPTIONS" \
+    -- "${TRAINING[@]}"
 }
 
 apply() {
@@ -57,12 +61,23 @@ apply() {
   fi
 }
 
+# For Kubernetes, whose names have no dots and underscores.
+storage() { printf '%s\n' "${BUCKET//[._]/-}"; }
+
+# The size is a formality of Kubernetes.
+attach() {
+  execute xpk storage attach "$(storage)" "--project=$PROJECT" "--zone=$LOCATION" \
+    "--cluster=$CLUSTER" --type=gcsfuse "--bucket=$BUCKET" "--mount-point=$BUCKET_FOLDER" \
+    "--mount-options=$MOUNT_OPTIONS" --no-prefetch-metadata --readonly=false --auto-mount=false --size=1
+}
+
 # xpk runs the command in a shell, and starts again on statuses 42 and 127 to 255
 # unless told more: all but the final ones, as the JobSet does.
 xpk_create() {
+  comment 'once for each bucket, before: launch/gke.sh attach'
   execute xpk workload create "--project=$PROJECT" "--zone=$LOCATION" "--cluster=$CLUSTER" \
     "--workload=$RUN" "--tpu-type=$ACCELERATOR" "--num-slices=$SLICES" "--docker-image=$IMAGE" \
-    "--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1,4-126 \
+    "--storage=$(storage)" "--max-restarts=$MAX_RESTARTS" --restart-on-exit-codes=1,4-126 \
     "--termination-grace-period-seconds=$GRACE_SECONDS" "--command=$(quote "${TRAINING[@]}")"
 }
 
@@ -79,11 +94,11 @@ logs() {
 delete() { execute "${KUBECTL[@]}" delete jobset "$RUN"; }
 
 case $COMMAND in
-  render | apply | xpk | status | logs | delete) ;;
-  '') die "no command: render, apply, xpk, status, logs or delete (--help says more)" ;;
-  *) die "unknown command '$COMMAND': render, apply, xpk, status, logs or delete" ;;
+  render | apply | xpk | attach | status | logs | delete) ;;
+  '') die "no command: render, apply, xpk, attach, status, logs or delete (--help says more)" ;;
+  *) die "unknown command '$COMMAND': render, apply, xpk, attach, status, logs or delete" ;;
 esac
-check_run
+[[ $COMMAND == attach ]] || check_run
 if [[ $COMMAND != render ]]; then
   check_project
   check CLUSTER '[a-z]([a-z0-9-]{0,38}[a-z0-9])?' my-cluster
@@ -98,11 +113,12 @@ case $COMMAND in render | apply | xpk)
   check MAX_RESTARTS '0|[1-9][0-9]{0,3}' 20
   check GRACE_SECONDS '[1-9][0-9]{1,4}' 300
   check_bucket
-  check_training tpu "gs://$BUCKET/$RUN"
+  check_training tpu "$BUCKET_FOLDER/$RUN"
   ((SLICES == 1 || HOSTS > 1)) || die "--slices=$SLICES cannot be used: several slices need more than one host each, and $ACCELERATOR has one"
   ;;
 esac
-if [[ $COMMAND == xpk ]]; then
+[[ $COMMAND != attach ]] || check_bucket
+if [[ $COMMAND == xpk || $COMMAND == attach ]]; then
   check LOCATION '[a-z]+-[a-z]+[0-9]+-[a-z]' 'us-west4-b (xpk wants a zone)'
   tool=xpk
 else

@@ -4,8 +4,8 @@
 #   launch/slurm.sh [--FLAG=VALUE ...] [--dry_run] [-- FLAGS OF THE TRAINING]
 #
 #   --run              name of the run and of the job
-#   --runs             folder of runs that all nodes see, or gs://BUCKET; its
-#                      folder RUN keeps the run, which goes on from there
+#   --runs             folder of runs that all nodes see; its folder RUN keeps
+#                      the run, which goes on from there
 #   --config           configs/instruct.py:paper, say
 #   --nodes            by default 1
 #   --gpus_per_node    by default 8; one process each

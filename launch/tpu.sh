@@ -6,7 +6,8 @@
 #   create   asks for the TPU: it waits in a queue, and costs money once it is there
 #   wait     waits until it is there
 #   copy     copies a commit to all its workers and installs it
-#   run      starts the training on all workers; what ran there is stopped
+#   run      mounts the bucket and starts the training, on all workers; what ran
+#            there is stopped
 #   logs     prints the end of a worker's log
 #   watch    waits for the end of the training; starts it again after a failure,
 #            on a TPU asked for again where this one was taken away
@@ -17,7 +18,8 @@
 #   --run                  name of the run and of its TPU
 #   --accelerator          v5litepod-256, v6e-64, v5p-128, v4-64, ...
 #   --capacity             spot (the default), on_demand or reserved
-#   --bucket               its folder RUN keeps the run, which goes on from there
+#   --bucket               mounted on /mnt/BUCKET; its folder RUN keeps the run,
+#                          which goes on from there
 #   --config               configs/instruct.py:paper, say
 #   --revision             commit to copy, by default HEAD
 #   --runtime              software version of the VMs, by default JAX's usual
@@ -115,7 +117,7 @@ copy() {
     on_workers all 'rm -rf code && mkdir code && tar -xzf code.tar.gz -C code && code/launch/worker.sh install'
 }
 
-run() { on_workers all "code/launch/worker.sh start $(quote "${TRAINING[@]}")"; }
+run() { on_workers all "code/launch/worker.sh start $(quote "$BUCKET" "${TRAINING[@]}")"; }
 
 logs() { on_workers "$WORKER" 'code/launch/worker.sh log'; }
 
@@ -259,7 +261,7 @@ case $COMMAND in copy | watch | all)
 esac
 case $COMMAND in run | watch | all)
   check_bucket
-  check_training tpu "gs://$BUCKET/$RUN"
+  check_training tpu "$BUCKET_FOLDER/$RUN"
   ;;
 esac
 WHERE=("--project=$PROJECT" "--zone=$ZONE")

@@ -1,8 +1,8 @@
 """Fills in a template of YAML: `render.py FILE NAME=VALUE ... -- WORDS`.
 
 Every $name becomes JSON, which YAML contains, so that no value can be taken for
-syntax: a number where the value is one, otherwise a quoted string. $command is
-the list of what stands behind `--`, `final_statuses=2 3` a list of numbers.
+syntax: a number for the names in NUMBERS, otherwise a quoted string. $command
+is the list of what stands behind `--`, `final_statuses=2 3` a list of numbers.
 Standard library alone; launch/gke.sh runs it.
 """
 
@@ -10,6 +10,8 @@ import json
 import pathlib
 import string
 import sys
+
+NUMBERS = {"slices", "hosts", "chips", "max_restarts", "grace_seconds"}
 
 
 def render(template: str, values: dict[str, str], command: list[str]) -> str:
@@ -24,7 +26,7 @@ def render(template: str, values: dict[str, str], command: list[str]) -> str:
     KeyError: If the template has a name that has no value.
   """
   filled = {
-    name: json.dumps(int(value) if value.isdecimal() else value)
+    name: json.dumps(int(value) if name in NUMBERS else value)
     for name, value in values.items()
   }
   statuses = [int(status) for status in values["final_statuses"].split()]

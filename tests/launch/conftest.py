@@ -14,11 +14,14 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-RECORDED = ("gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "squeue")
+RECORDED = (
+  *("gcloud", "kubectl", "xpk", "sbatch", "srun", "scontrol", "squeue"),
+  *("curl", "fusermount", "gcsfuse", "lsb_release", "mountpoint", "sudo"),
+)
 ORDINARY = (
   *("bash", "cat", "chmod", "cut", "date", "dirname", "env", "git", "grep"),
-  *("gzip", "mkdir", "mv", "rm", "sed", "setsid", "sleep", "sort", "tail"),
-  *("tar", "tr"),
+  *("gzip", "id", "mkdir", "mktemp", "mv", "rm", "rmdir", "sed", "setsid"),
+  *("sleep", "sort", "tail", "tar", "timeout", "tr"),
 )
 
 # Records its arguments, and what it reads where it is told to read. Answers are
@@ -27,11 +30,11 @@ ORDINARY = (
 RECORDER = """#!/usr/bin/env bash
 here={here}
 call="${{0##*/}} $*"
-{{
-  printf '%s\\037' "${{0##*/}}" "$@"
-  [[ $call != *--filename=-* ]] || cat
-  printf '\\036'
-}} >>"$here/calls"
+input=x
+[[ $call != *--filename=-* && $call != "sudo tee"* ]] || input=$(cat; echo x)
+printf -v words '%s\\037' "${{0##*/}}" "$@"
+# At once: programs on both sides of a pipe do so.
+printf '%s%s\\036' "$words" "${{input%x}}" >>"$here/calls"
 for queue in "$here"/answers/*; do
   [[ -e $queue && $call == *"$(<"$queue/pattern")"* ]] || continue
   now=$(<"$queue/now")

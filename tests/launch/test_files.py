@@ -52,6 +52,18 @@ def test_the_readme_names_real_commands_and_flags(name):
       assert flag == "dry_run" or re.search(rf"\b{flag}\b", source), flag
 
 
+def test_all_mount_the_bucket_in_the_same_way():
+  source = (LAUNCH / "common.sh").read_text(encoding="utf-8")
+  lines = re.findall(r"^MOUNT_OPTIONS\+?=(.*)", source, flags=re.MULTILINE)
+  # As fields of gcsfuse's config file, but for its flags without a value.
+  fields = "".join(lines).replace("file-system:", "").split(",")
+  expected = [re.sub(r":(\d+)$", r"=\1", field) for field in fields]
+  source = (LAUNCH / "worker.sh").read_text(encoding="utf-8")
+  flags = re.search(r"MOUNT_FLAGS=\(([^)]+)\)", source)[1].split()
+  assert flags == [f"--{field.replace(':', '-')}" for field in expected]
+  assert "--implicit-dirs" in flags
+
+
 def dockerfile():
   parser = dockerfile_parse.DockerfileParser(
     fileobj=io.BytesIO((LAUNCH / "Dockerfile").read_bytes())

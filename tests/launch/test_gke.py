@@ -25,7 +25,7 @@ TRAINING = (
 COMMAND = [
   *["python", "-m", "unicode_jax.main"],
   "--config=configs/instruct.py:paper",
-  "--workdir=gs://my-bucket/demo",
+  "--workdir=/mnt/my-bucket/demo",
   "--config.distributed=True",
   "--config.platform=tpu",
 ]
@@ -33,6 +33,7 @@ NEEDED = {
   "render": TRAINING,
   "apply": (*CLUSTER, *TRAINING),
   "xpk": (*CLUSTER, *TRAINING),
+  "attach": (*CLUSTER, "--bucket=my-bucket"),
   "status": (*CLUSTER, *RUN),
   "logs": (*CLUSTER, *RUN),
   "delete": (*CLUSTER, *RUN),
@@ -95,6 +96,36 @@ def test_the_jobset_is_valid_and_says_what_it_should(render):
   assert container["resources"] == {"requests": chips, "limits": chips}
 
 
+def test_the_bucket_is_mounted_where_the_run_is(render):
+  jobset = render("--bucket=gs://1.my_bucket/", "--service_account=trainer")
+  check(jobset)
+  _, job, pod, container = parts(jobset)
+  annotations = job["template"]["metadata"]["annotations"]
+  assert annotations["gke-gcsfuse/volumes"] == "true"
+  assert pod["serviceAccountName"] == "trainer"
+  [volume] = pod["volumes"]
+  assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+  assert not volume["csi"].get("readOnly")
+  attributes = volume["csi"]["volumeAttributes"]
+  assert attributes["bucketName"] == "1.my_bucket"
+  assert attributes["mountOptions"].split(",")[0] == "implicit-dirs"
+  # Without it, a pod on the nodes' network is the nodes' service account.
+  assert pod["hostNetwork"] is True
+  assert attributes["hostNetworkPodKSA"] == "true"
+  [mount] = container["volumeMounts"]
+  assert mount == {"name": volume["name"], "mountPath": "/mnt/1.my_bucket"}
+  assert "--workdir=/mnt/1.my_bucket/demo" in container["command"]
+
+
+def test_what_looks_like_a_number_stays_a_name(render):
+  jobset = render("--bucket=12345", "--namespace=7")
+  check(jobset)
+  *_, pod, _ = parts(jobset)
+  [volume] = pod["volumes"]
+  assert volume["csi"]["volumeAttributes"]["bucketName"] == "12345"
+  assert jobset["metadata"]["namespace"] == "7"
+
+
 def test_final_statuses_fail_the_set_and_others_restart_it(render):
   jobset = render("--max_restarts=7")
   _, job, _, container = parts(jobset)
@@ -150,7 +181,7 @@ def test_every_size_of_a_slice_has_all_its_chips(place):
 
 def test_values_cannot_become_syntax(place):
   odd = [
-    '--config.data.path=gs://b/it\'s: a "dir"',
+    '--config.data.path=/mnt/b/it\'s: a "dir"',
     "--x=$run ${slices} $$ $(HOME) # &é {} [] | > - yes",
     "null",
     "12",
@@ -165,7 +196,11 @@ def test_values_cannot_become_syntax(place):
 
 def test_the_models_see_mistakes(render):
   jobset = render()
-  _, job, _, _ = parts(jobset)
+  _, job, pod, _ = parts(jobset)
+  pod["volumes"][0]["csi"]["bucketName"] = "b"
+  with pytest.raises(AssertionError, match="bucketName"):
+    check(jobset)
+  del pod["volumes"][0]["csi"]["bucketName"]
   job["backOffLimit"] = 0
   with pytest.raises(AssertionError, match="backOffLimit"):
     check(jobset)
@@ -198,6 +233,26 @@ def test_xpk_trains_the_same(dry):
   assert flags["docker-image"] == "images/unicode_jax:tpu"
   assert flags["command"] == " ".join([*COMMAND, "'--x=a b'"])
   assert flags["restart-on-exit-codes"] == "1,4-126"
+  assert flags["storage"] == "my-bucket"
+
+
+def test_xpk_gets_the_bucket_on_the_same_folder(dry, render):
+  bucket = "--bucket=gs://1.my_bucket"
+  [words] = dry("gke.sh", "attach", *CLUSTER, bucket)
+  assert words[:4] == ["xpk", "storage", "attach", "1-my-bucket"]
+  flags = dict(word.partition("=")[::2] for word in words[4:])
+  assert flags["--cluster"] == "tpus"
+  assert flags["--zone"] == "us-west4-b"
+  assert flags["--type"] == "gcsfuse"
+  assert flags["--bucket"] == "1.my_bucket"
+  assert flags["--readonly"] == flags["--auto-mount"] == "false"
+  [words] = dry("gke.sh", "xpk", *NEEDED["xpk"], bucket)
+  assert "--storage=1-my-bucket" in words
+  *_, pod, container = parts(render(bucket))
+  [mount] = container["volumeMounts"]
+  assert flags["--mount-point"] == mount["mountPath"]
+  options = pod["volumes"][0]["csi"]["volumeAttributes"]["mountOptions"]
+  assert flags["--mount-options"] == options
 
 
 def test_a_dry_apply_is_what_apply_does(place):
@@ -238,6 +293,12 @@ def test_a_dry_apply_can_be_pasted(place):
     (("apply", *TRAINING), "--project is missing"),
     (("status", *RUN, *CLUSTER[:2]), "--cluster is missing"),
     (("xpk", *NEEDED["xpk"], "--location=us-west4"), "xpk wants a zone"),
+    (("attach", *CLUSTER), "--bucket is missing"),
+    (("attach", *NEEDED["attach"], "--location=us-west4"), "xpk wants a zone"),
+    (
+      ("render", *TRAINING, "--", "--config.init_from=gs://my-bucket/x"),
+      "has gs://my-bucket as /mnt/my-bucket",
+    ),
   ],
 )
 def test_a_bad_setting_is_one_line_and_status_2(place, arguments, says):

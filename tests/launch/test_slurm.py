@@ -64,6 +64,7 @@ def test_submit(place):
     ((*FLAGS, "--nodes=many"), "--nodes='many'"),
     ((*FLAGS, "--time=tomorrow"), "--time='tomorrow'"),
     ((*FLAGS, "--gpus=8"), "no flag --gpus"),
+    ((*FLAGS, "--runs=gs://b"), "mount the bucket on all nodes"),
   ],
 )
 def test_a_bad_setting_is_one_line_and_status_2(place, arguments, says):

@@ -101,15 +101,16 @@ def remote(words):
 
 
 def test_the_training_survives_two_shells(dry):
-  odd = ['--config.data.path=gs://b/it\'s a "dir"', "--x=$HOME `a` \\ & é;#"]
+  odd = ['--config.data.path=/mnt/b/it\'s a "dir"', "--x=$HOME `a` \\ & é;#"]
   [run] = dry("tpu.sh", "run", *WHERE, *TRAINING, "--", *odd)
   assert "--worker=all" in run
   assert remote(run) == [
     "code/launch/worker.sh",
     "start",
+    "my-bucket",
     *["python", "-m", "unicode_jax.main"],
     "--config=configs/instruct.py:paper",
-    "--workdir=gs://my-bucket/demo",
+    "--workdir=/mnt/my-bucket/demo",
     "--config.distributed=True",
     "--config.platform=tpu",
     *odd,
@@ -125,10 +126,10 @@ def test_settings_may_come_from_the_environment(dry):
     ZONE="us-west4-b",
     RUN="demo",
     BUCKET="gs://my-bucket/",
-    CONFIG="gs://my-bucket/old/config.json",
+    CONFIG="/mnt/my-bucket/old/config.json",
   )
-  assert "--workdir=gs://my-bucket/other" in remote(run)
-  assert "--config=gs://my-bucket/old/config.json" in remote(run)
+  assert "--workdir=/mnt/my-bucket/other" in remote(run)
+  assert "--config=/mnt/my-bucket/old/config.json" in remote(run)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,8 @@ def test_settings_may_come_from_the_environment(dry):
     (("all", *ALL, "--capacity=free"), "spot, on_demand or reserved"),
     (("all", *ALL, "--bucket=a/b"), "--bucket='a/b'"),
     (("all", *ALL, "--config="), "--config is missing"),
+    (("all", *ALL, "--config=gs://my-bucket/x"), "as /mnt/my-bucket"),
+    (("all", *ALL, "--", "--config.init_from=gs://b/x"), "as /mnt/my-bucket"),
     (("all", *ALL, "--config=configs/instrukt.py"), "configs/instrukt.py"),
     (("all", *ALL, "--revision=nowhere"), "--revision='nowhere'"),
     (("all", *ALL, "--max_restarts=-1"), "--max_restarts='-1'"),
@@ -267,7 +270,7 @@ def test_watch_starts_a_failed_run_again_on_the_same_tpu(place, look):
   assert ended.returncode == 0
   assert story(place) == ["start"]
   [start] = [call for call, _ in place.calls if "start" in " ".join(call)]
-  assert "--workdir=gs://my-bucket/demo" in remote(start)
+  assert "--workdir=/mnt/my-bucket/demo" in remote(start)
 
 
 @pytest.mark.parametrize(("look", "status"), [("1 2", 2), ("3 running", 3)])
