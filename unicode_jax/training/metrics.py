@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -87,6 +88,7 @@ class MetricWriter:
       self._events.add_scalar(name, value, step)
     self._file.write(json.dumps(row) + "\n")
     self._file.flush()
+    os.fsync(self._file.fileno())  # A mounted bucket keeps it only then.
 
   def close(self) -> None:
     """Closes both files."""
