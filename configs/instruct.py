@@ -10,7 +10,7 @@ Presets, as in --config=configs/instruct.py:debug
   (none)      all tasks on the embedded data           2 CPU cores  7 minutes
   debug       every code path, learns nothing          2 CPU cores  1 minute
   decompress  decompression alone, as pre-training     2 CPU cores  not measured
-  smollm2     SmolLM2-135M, ChatML                     2 CPU cores  10 minutes
+  smollm2     SmolLM2-135M, ChatML                     2 CPU cores  25 minutes
   paper       LLaVA JSON, LLaMA-7B, Vicuna's template  TPU v5e-256  not run
 
 "paper" was compiled for TPUs (docs/scaling.md), not run.
