@@ -127,6 +127,33 @@ def test_the_tpu_compiler_s_text():
   assert exchange.bytes == 32 * (256 * 128 * 2) * 127 / 128
 
 
+@pytest.mark.parametrize(
+  ("line", "size"),
+  [
+    (
+      "(bf16[1024,4096]{1,0}, bf16[1024,4096]{1,0}, u32[]{:S(2)}, u32[]{:S(2)})"
+      " collective-permute-start(%x), channel_id=1,"
+      " source_target_pairs={{0,1},{1,0}}",
+      1024 * 4096 * 2,
+    ),
+    (
+      "(f32[8,16]{1,0}, f32[32,16]{1,0}) all-gather-start(%x), channel_id=1,"
+      " replica_groups=[2,4]<=[8], dimensions={0}",
+      32 * 16 * 4 * 3 / 4,
+    ),
+    (
+      "(f32[8]{0}, f32[4]{0}) all-reduce-start(%x, %y), channel_id=1,"
+      " replica_groups=[2,4]<=[8], to_apply=%add",
+      2 * 12 * 4 * 3 / 4,
+    ),
+  ],
+)
+def test_exchanges_that_only_start(line, size):
+  text = f"ENTRY %main (x: f32[8]) -> f32[8] {{\n  %a = {line}\n}}\n"
+  (found,) = compiled.read(text, 8).collectives
+  assert found.bytes == size
+
+
 MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.51G of 15.75G hbm. Exceeded hbm capacity by 8.76G.
 
   Largest program allocations in hbm:

@@ -80,6 +80,15 @@ def test_possible(overrides):
     ({"mesh.data": -2}, ["mesh.data=-2", "at least -1"]),
     ({"mesh.fsdp": -1}, ["mesh.data=-1", "mesh.fsdp=-1", "only one"]),
     ({"mesh.tensor": 0}, ["mesh.tensor=0"]),
+    (
+      {"llm.attention": "splash", "text.sequence_length": 100},
+      ["llm.attention='splash'", "text.sequence_length=100", "128"],
+    ),
+    (
+      {"llm.attention": "cudnn", "platform": "cpu"},
+      ["llm.attention='cudnn'", "platform='cpu'", "auto"],
+    ),
+    ({"llm.attention": "cudnn"}, ["llm.dtype='float32'", "bfloat16"]),
     ({"data.source": "folder"}, ["'folder'", "folder of images", "data.path="]),
     ({"data.source": "llava"}, ["'llava'", "data.path="]),
     (

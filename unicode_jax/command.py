@@ -7,6 +7,7 @@ in one line. Exit statuses: 0; 2 for a flag, config or file that cannot be used;
 
 from collections.abc import Callable
 import functools
+import os
 import sys
 
 from absl import app, flags, logging
@@ -68,6 +69,21 @@ def _checked(main: Callable, argv: list[str]):
   return main()
 
 
+_at_once = False
+
+
+def leave_at_once() -> None:
+  """Makes an error end this process without waiting for the others of a run.
+
+  JAX would wait for them for minutes, and then give up with another status.
+  """
+  global _at_once
+  _at_once = True
+
+
 def _end(status: int, message: str) -> None:
-  print(message, file=sys.stderr)
+  print(message, file=sys.stderr, flush=True)
+  if _at_once:
+    sys.stdout.flush()
+    os._exit(status)
   sys.exit(status)

@@ -6,9 +6,9 @@ r"""Compiles the programs of a config for devices that are not here.
 
 It says, before anything is paid for, whether the train steps and the decoding
 fit, how they are laid out and what bounds their speed. The TPU compiler does
-this on any Linux machine; topologies are v4:XxYxZ, v5e:XxY, v5p:XxYxZ and
-v6e:XxY, as Cloud TPU names them. cpu:N compiles for N processors of this
-machine, which shows layouts and collectives, but no times.
+this on any Linux machine; topologies are v5e:XxY, v5p:XxYxZ and v6e:XxY, as
+Cloud TPU names them. cpu:N compiles for N processors of this machine, which
+shows layouts and exchanges, but no times.
 
 --search compiles the train steps on every sensible mesh, and ranks them.
 """

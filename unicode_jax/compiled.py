@@ -11,21 +11,19 @@ import dataclasses
 import math
 import re
 
-# The most that a chip does, by its kind as JAX names it: FLOP/s in bfloat16,
-# bytes of memory, bytes/s that its links carry in one direction, clock of the
-# cycles that the compiler estimates. Published: cloud.google.com/tpu/docs.
 _GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """Published facts of a chip.
+  """Facts of a chip, as cloud.google.com/tpu/docs publishes them.
 
   Attributes:
     flops: FLOP/s, bfloat16.
     memory: Bytes.
     links: Bytes/s between chips, all links together, one direction.
-    clock: Cycles/s.
+    clock: Cycles/s, which is not published: what makes `flops` of the products
+      that its matrix units do in a cycle.
   """
 
   flops: float
@@ -35,10 +33,9 @@ class Chip:
 
 
 CHIPS = {
-  "TPU v4": Chip(275e12, 32 * _GIB, 300e9, 1.05e9),
   "TPU v5 lite": Chip(197e12, 16 * _GIB, 200e9, 1.5e9),
   "TPU v5": Chip(459e12, 95 * _GIB, 600e9, 1.75e9),
-  "TPU v6 lite": Chip(918e12, 32 * _GIB, 448e9, 1.75e9),
+  "TPU v6 lite": Chip(918e12, 32 * _GIB, 400e9, 1.75e9),
 }
 
 _COLLECTIVES = (
@@ -57,7 +54,7 @@ _BYTES = {
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[\da-z]*)\[([\d,]*)\]")
 _CALLS = re.compile(
-  r"\b(calls|to_apply|body|branch_computations|called_computations)="
+  r"\b(calls|to_apply|body|\w+_computations?)="
   r"\{?((?:%[\w.\-]+(?:, )?)+)"
 )
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -188,8 +185,10 @@ def _collective(line: str, times: int, num_devices: int) -> Collective | None:
     for name, sizes in _ARRAY.findall(result)
     if name in _BYTES
   ]
-  if "-start(" in line and len(arrays) > 1 and kind != "all-reduce":
-    arrays = arrays[len(arrays) // 2 :]  # Operands come first.
+  if "-start(" in line and kind != "all-reduce":
+    # Operands come first; what is passed on to the end, last.
+    arrays = [a for a in arrays if a != ("u32", 1)]
+    arrays = arrays[len(arrays) // 2 :]
   size = sum(_BYTES[name] * count for name, count in arrays)
   group = _group_size(line, num_devices)
   if group == 1:
@@ -233,7 +232,7 @@ def matmul_flops(jaxpr, num_devices: int = 1) -> float:
 
   Returns:
     FLOP of all devices together, what is computed again included. A kernel
-    counts as it says itself; a loop of unknown length once.
+    counts as it says itself, if it does; a loop of unknown length once.
   """
   total = 0.0
   for equation in jaxpr.jaxpr.eqns if hasattr(jaxpr, "jaxpr") else jaxpr.eqns:

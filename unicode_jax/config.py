@@ -574,6 +574,25 @@ _IMPOSSIBLE = (
     for axis in ("data", "fsdp", "tensor")
   ),
   (
+    lambda c: c.llm.attention == "splash" and c.text.sequence_length % 128,
+    "llm.attention='splash' with text.sequence_length={c.text.sequence_length}"
+    ": it takes multiples of 128; set llm.attention='auto', or another length",
+  ),
+  *(
+    (
+      lambda c, kernel=kernel, platform=platform: (
+        c.llm.attention == kernel and c.platform not in (None, platform)
+      ),
+      f"llm.attention={kernel!r} with platform={{c.platform!r}}: it runs on "
+      f"platform={platform!r}; set llm.attention='auto'",
+    )
+    for kernel, platform in (("splash", "tpu"), ("cudnn", "gpu"))
+  ),
+  (
+    lambda c: c.llm.attention == "cudnn" and c.llm.dtype != "bfloat16",
+    "llm.attention='cudnn' with llm.dtype={c.llm.dtype!r}: it takes bfloat16",
+  ),
+  (
     lambda c: [*c.mesh.values()].count(-1) > 1,
     "mesh.data={c.mesh.data}, mesh.fsdp={c.mesh.fsdp}, mesh.tensor="
     "{c.mesh.tensor}: only one of them can take what the others leave over",

@@ -61,22 +61,29 @@ def encode_sources(
     depth=model.depth,
     views=tuple(views),
   )
-  writer = code_cache.CodeWriter(
+  is_main, count = jax.process_index() == 0, jax.process_count()
+  open_writer = functools.partial(
+    code_cache.CodeWriter,
     out,
     sources,
     facts,
     images_per_shard=images_per_shard or code_cache.IMAGES_PER_SHARD,
   )
-  is_main, count = jax.process_index() == 0, jax.process_count()
 
   def wait(name):
     if count > 1:
       multihost_utils.sync_global_devices(name)
 
-  if is_main:
+  if is_main:  # The folder is its own until it is prepared.
+    writer = open_writer()
     writer.prepare()
   wait("prepared")
-  if writer.finished:
+  if not is_main:
+    writer = open_writer()
+  finished = writer.finished
+  if count > 1:
+    finished = bool(multihost_utils.broadcast_one_to_all(np.int32(finished)))
+  if finished:
     if is_main:
       print(f"{writer.folder} is finished: nothing to do")
     return

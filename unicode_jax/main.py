@@ -100,7 +100,8 @@ def _run_link(name: str, config, workdir: pathlib.Path) -> None:
         return
       print(
         f"evaluate {workdir} by one process: python -m unicode_jax.evaluate "
-        f"--workdir={workdir} --suites={','.join(names)}"
+        f"--workdir={workdir} --suites={','.join(names)}",
+        flush=True,
       )
     else:
       _evaluate(workdir, names)
@@ -152,14 +153,15 @@ def _start_devices(platform: str | None, distributed: bool) -> None:
 
 def _join(jax) -> None:
   """Makes this process one of several."""
-  given = {
-    name.lower().removeprefix("jax_"): int(os.environ[name])
-    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    if name in os.environ
-  }
+  command.leave_at_once()
   try:
+    given = {
+      name.lower().removeprefix("jax_"): int(os.environ[name])
+      for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+      if name in os.environ
+    }
     jax.distributed.initialize(**given)
-  except ValueError as error:
+  except (ValueError, RuntimeError) as error:
     raise config_lib.ConfigError(
       f"distributed=True, but there is no cluster to be seen ({error}): start "
       "the command by Cloud TPU, GKE, Slurm or MPI, or set "

@@ -282,11 +282,52 @@ def put_batch(batch, mesh: Mesh):
   Returns:
     Tree of jax.Array, split over `data` and `fsdp` along the first axis.
   """
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-    batch,
-  )
+  sharding, (_, count) = batch_sharding(mesh), batch_share(mesh)
+
+  def put(x):
+    x = np.asarray(x)
+    shape = (x.shape[0] * count, *x.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+  return jax.tree.map(put, batch)
+
+
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """Says which part of every global batch this process reads.
+
+  Processes whose devices share rows, as along `tensor`, read the same part.
+
+  Args:
+    mesh: The mesh.
+
+  Returns:
+    The number of the part, and how many parts there are.
+
+  Raises:
+    ValueError: If processes share some of their rows, but not all.
+  """
+  rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  held: dict[int, set[int]] = {}
+  for row, devices in enumerate(mesh.devices.reshape(rows, -1)):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(row)
+  parts = sorted({tuple(sorted(part)) for part in held.values()})
+  if sum(map(len, parts)) != rows or len({*map(len, parts)}) != 1:
+    raise ValueError(
+      f"the mesh {dict(mesh.shape)} gives processes parts of the batch that "
+      f"overlap ({parts}): choose a mesh.tensor that fits into a process, or "
+      "that whole processes fit into"
+    )
+  return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def divisible_batch(size: int) -> int:
+  """Rounds a batch up so that it splits over the mesh that is set."""
+  mesh = active_mesh()
+  if mesh is None:
+    return size
+  shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+  return -(-size // shards) * shards
 
 
 def state_shardings(tree, mesh: Mesh):

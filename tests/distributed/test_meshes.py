@@ -9,7 +9,7 @@ import pytest
 # pass through ten or so of such sums, and AdamW divides by their own size, so
 # that a parameter whose gradient is next to nothing may move either way.
 CODE = """
-import itertools, sys
+import collections, sys
 import jax
 import numpy as np
 from configs import instruct as instruct_config, pretrain as pretrain_config
@@ -26,7 +26,10 @@ chosen = {
   "codebook.paradigm": paradigm, "llm.scan_layers": stage == "pretrain",
 }
 if stage == "instruct":
-  chosen = {"init_from": run, "data.num_workers": 0, "microbatches": 1}
+  chosen = {
+    "init_from": run, "data.num_workers": 0,
+    "microbatches": 2, "instruct.global_batch_size": 16,
+  }
 configs = {"pretrain": pretrain_config, "instruct": instruct_config}
 config = config_lib.apply_overrides(
   configs[stage].get_config("debug"), chosen
@@ -54,7 +57,7 @@ def train(mesh):
     shapes = jax.eval_shape(made.init, key, start)
     places = sharding.state_shardings(shapes, mesh)
     state = jax.jit(made.init, out_shardings=places)(key, start)
-    iterators = made.make_iterators({"image": 0, "text": 0, "mixture": 0})
+    iterators = made.make_iterators(collections.Counter(), (0, 1))
     for step in range(STEPS):
       phase = made.phase(step)
       batch = sharding.put_batch(next(iterators[phase.stream]), mesh)
@@ -62,7 +65,11 @@ def train(mesh):
         programs[phase.step] = loop.jit_step(phase, places, mesh)
       state, metrics = programs[phase.step](state, batch, None)
       losses.append(
-        [float(v) for k, v in sorted(metrics.items()) if "loss" in k]
+        [
+          float(v)
+          for k, v in sorted(metrics.items())
+          if "loss" in k or "gradient_norm" in k
+        ]
       )
       move = made.transition(step + 1)
       if move is not None:
@@ -106,7 +113,7 @@ ALL = [
   for fsdp in (1, 2, 4, 8)
   if data * fsdp <= 8
 ]
-FEW = ["8x1x1", "1x8x1", "1x1x8", "2x2x2"]
+FEW = ["1x8x1", "1x1x8", "2x2x2"]
 PARADIGMS = ("frozen", "dual", "language_driven", "projected")
 
 

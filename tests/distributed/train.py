@@ -73,9 +73,9 @@ restored = {}
 made_iterators = made.make_iterators
 
 
-def make_iterators(start):
+def make_iterators(start, share):
   restored["start"] = dict(start)
-  return made_iterators(start)
+  return made_iterators(start, share)
 
 
 made.make_iterators = make_iterators

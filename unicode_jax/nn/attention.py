@@ -145,7 +145,8 @@ def attend(
   out_BGRTA = blockwise(
     one_row, (q_BGRTA, k, v, queries, keys), bytes_per_item=4 * H * T * S
   )
-  return out_BGRTA.transpose(0, 3, 1, 2, 4).reshape(B, T, H, A)
+  out_BTHA = out_BGRTA.transpose(0, 3, 1, 2, 4).reshape(B, T, H, A)
+  return checkpoint_name(out_BTHA, fused_attention.NAME)
 
 
 class Attention(nn.Module):
@@ -237,7 +238,6 @@ class Attention(nn.Module):
       block=self.block,
       kernel=self.kernel,
     )
-    out_BTHA = checkpoint_name(out_BTHA, fused_attention.NAME)
     out = nn.Dense(
       E,
       use_bias=False,

@@ -36,7 +36,8 @@ class Report:
     memory: Bytes that the chip has, 0 if that is not known.
     flops: Of all chips, by arithmetic, nothing computed twice; 0 if not known.
     executed_flops: Of all chips, in the traced program.
-    compute_seconds: The compiler's estimate, without exchanges; 0 without one.
+    compute_seconds: The compiler's estimate, without exchanges, and attention's
+      kernel, for which it has none, at the chip's peak; 0 without one.
     link_seconds: Exchanged bytes over the links' published bandwidth.
     collectives: (kind, shape, devices, times, bytes, source), largest first.
     compile_seconds: Of this machine.
@@ -104,7 +105,8 @@ def compile_program(program, mesh, microbatches: int) -> Report:
   seconds = time.monotonic() - start
   memory = compiled.memory_analysis()
   text = compiled_lib.read(compiled.as_text(), mesh.size)
-  executed = compiled_lib.matmul_flops(traced.jaxpr, mesh.size)
+  executed = program.kernel_flops
+  executed += compiled_lib.matmul_flops(traced.jaxpr, mesh.size)
   flops = executed if program.flops is None else program.flops
   if program.name == "decode":  # Its loop has no length to count with.
     flops = executed = 0.0
@@ -116,7 +118,11 @@ def compile_program(program, mesh, microbatches: int) -> Report:
     outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
     flops=flops,
     executed_flops=executed,
-    compute_seconds=text.cycles / chip.clock if chip else 0.0,
+    compute_seconds=(
+      text.cycles / chip.clock + program.kernel_flops / (chip.flops * mesh.size)
+      if chip
+      else 0.0
+    ),
     link_seconds=(
       sum(c.bytes for c in text.collectives) / chip.links if chip else 0.0
     ),

@@ -309,15 +309,15 @@ class InstructStage:
     """Puts the start into a training state."""
     return initial_state(self.config, self.model, key, start)
 
-  def make_iterators(self, start):
+  def make_iterators(self, start, share):
     """Opens the stream of packed rows."""
     return {
       "mixture": mixture_lib.mixture_iterator(
         self.mixture,
         global_batch_size=self.config.instruct.global_batch_size,
         seed=self.config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
         num_workers=self.config.data.num_workers,
         start=start["mixture"],
       )

@@ -107,17 +107,17 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       phases["finetune"] = self._image_phase("finetune", ("decoder",))
     return phases
 
-  def make_iterators(self, start):
+  def make_iterators(self, start, share):
     """Opens the streams of images and of text."""
-    return super().make_iterators(start) | {
+    return super().make_iterators(start, share) | {
       "text": pipeline.text_iterator(
         self.data.train_texts,
         self.data.text_tokenizer,
         seed=self.config.seed,
         sequence_length=self.config.text.sequence_length,
         global_batch_size=self.config.text.global_batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
         num_workers=self.config.data.num_workers,
         start=start["text"],
       )

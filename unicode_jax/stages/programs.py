@@ -16,6 +16,7 @@ import numpy as np
 
 from unicode_jax import config as config_lib, loading, sampling, sharding
 from unicode_jax.models import llama as llama_lib
+from unicode_jax.nn import fused_attention
 from unicode_jax.stages import instruct, pretrain, tokenizer
 from unicode_jax.training import loop
 
@@ -40,6 +41,8 @@ class Program:
     flops: Multiplications and additions of its matrix products by arithmetic,
       nothing computed twice; None where it is not counted.
     num_parameters: Of the model.
+    kernel_flops: What attention's kernel does, of which the compiler knows
+      nothing; 0 where there is none.
   """
 
   name: str
@@ -49,6 +52,7 @@ class Program:
   items: int
   flops: float | None
   num_parameters: int
+  kernel_flops: float = 0.0
 
 
 def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
@@ -83,9 +87,16 @@ def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
   shardings = sharding.state_shardings(state, mesh)
   everywhere = sharding.replicated(mesh)
   size = sum(x.size for x in jax.tree.leaves(state.variables.params))
-  per_token = 0.0
+  per_token = kernel = 0.0
   if model.llama is not None:
-    per_token = 3 * llm_flops(model.llama, config.text.sequence_length)
+    length = config.text.sequence_length
+    per_token = 3 * llm_flops(model.llama, length)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      fused = fused_attention.choose(model.llama.attention, length) is not None
+    # Two products forward, once more where nothing of it is kept, and five of
+    # gradients (Dao et al., arXiv 2205.14135).
+    again = model.llama.remat_policy == "full"
+    kernel = fused * (3.5 + again) * attention_flops(model.llama, length)
   return [
     Program(
       name=phase.name,
@@ -99,6 +110,7 @@ def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
       items=phase.items,
       flops=None if phase.unit == "images" else per_token * phase.items,
       num_parameters=size,
+      kernel_flops=kernel * phase.items * (phase.unit == "tokens"),
     )
     for phase in phases
   ]
@@ -178,10 +190,14 @@ def llm_flops(llama: llama_lib.LlamaConfig, length: int) -> float:
   E, A = llama.embed_dim, llama.head_dim
   attention = 2 * E * A * (llama.num_heads + llama.num_kv_heads)
   layer = attention + 3 * E * llama.mlp_dim
+  weights = llama.num_layers * layer + E * llama.vocab_size
+  return 2.0 * weights + attention_flops(llama, length)
+
+
+def attention_flops(llama: llama_lib.LlamaConfig, length: int) -> float:
+  """Counts the part of `llm_flops` that is scores and what they weigh."""
   seen = min(length / 2, llama.sliding_window or length)
-  scores = 2 * seen * llama.num_heads * A
-  weights = llama.num_layers * (layer + scores) + E * llama.vocab_size
-  return 2.0 * weights
+  return 4.0 * llama.num_layers * seen * llama.num_heads * llama.head_dim
 
 
 def _placed(tree, shardings):

@@ -15,6 +15,7 @@ from unicode_jax import (
   codebook as codebook_lib,
   data as data_lib,
   loading,
+  sharding,
 )
 from unicode_jax.data import pipeline
 from unicode_jax.models import unicode as unicode_lib
@@ -31,6 +32,7 @@ from unicode_jax.training import (
 )
 
 PICTURES_PER_SET = 8
+EVALUATED_IMAGES = 64  # At a time.
 # Of each source, for the final statistics of codes over the training set.
 MAX_TRAINING_IMAGES = 50_000
 
@@ -176,7 +178,7 @@ class TokenizerStage:
       },
     )
 
-  def make_iterators(self, start):
+  def make_iterators(self, start, share):
     """Opens the stream of images."""
     settings = self.config.data
     return {
@@ -188,8 +190,8 @@ class TokenizerStage:
         flip=settings.flip,
         shift=settings.shift,
         crop_scale=settings.crop_scale,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share[0],
+        process_count=share[1],
         num_workers=settings.num_workers,
         start=start["image"],
       )
@@ -240,13 +242,13 @@ class TokenizerStage:
 
   def evaluate(self, state, *, final: bool) -> dict[str, float]:
     """Measures every held-out set; at the end also all training codes."""
-    result = {}
+    result, size = {}, sharding.divisible_batch(EVALUATED_IMAGES)
     if final:
       measured = visual_evaluation.evaluate_codes(
         self.model,
         state.variables,
         itertools.chain.from_iterable(
-          pipeline.source_batches(source, MAX_TRAINING_IMAGES)
+          pipeline.source_batches(source, MAX_TRAINING_IMAGES, size)
           for source in self.data.image_sources
         ),
       )
@@ -255,7 +257,7 @@ class TokenizerStage:
       measured = visual_evaluation.evaluate_reconstruction(
         self.model,
         state.variables,
-        pipeline.heldout_image_batches(images),
+        pipeline.heldout_image_batches(images, size),
       )
       result |= {f"eval/{name}/{k}": v for k, v in measured.items()}
     return result

@@ -94,11 +94,14 @@ class Stage(Protocol):
   def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
     """Draws the initial state."""
 
-  def make_iterators(self, start: Mapping[str, int]) -> dict[str, Any]:
+  def make_iterators(
+    self, start: Mapping[str, int], share: tuple[int, int]
+  ) -> dict[str, Any]:
     """Opens the grain iterator of every stream.
 
     Args:
-      start: Batches to leave out, by stream; 0 where there is no entry.
+      start: Batches to leave out, by stream; a `collections.Counter`.
+      share: The part of every batch to read, and of how many.
     """
 
   def phase(self, step: int) -> Phase:
@@ -299,7 +302,8 @@ def _train(stage, workdir, config, mesh, until_step):
   del start
   # Each step takes one batch of its phase's stream.
   iterators = stage.make_iterators(
-    collections.Counter(stage.phase(s).stream for s in range(step))
+    collections.Counter(stage.phase(s).stream for s in range(step)),
+    sharding.batch_share(mesh),
   )
   stop_at = stage.total_steps
   if until_step is not None:
