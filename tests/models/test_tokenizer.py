@@ -1,8 +1,6 @@
 """Tests of the visual tokenizer's encoder and decoder."""
 
-import importlib.util
 import math
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -72,14 +70,15 @@ def test_works_at_another_size_than_configured():
 @pytest.mark.parametrize("attention", [False, True])
 def test_equals_pytorch(attention):
   torch = pytest.importorskip("torch")
-  benchmark = _load_benchmark()
+  from benchmarks import jax_steps, torch_twins
+
   config = _config(
     channel_multipliers=(1, 2, 3), num_res_blocks=2, attention=attention
   )
-  params = benchmark.random_parameters(config)
+  params = jax_steps.random_parameters(config)
   image = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3))
   image = image.astype(np.float32)
-  twin = benchmark.torch_autoencoder(config, params)
+  twin = torch_twins.autoencoder(config, params)
   theirs = twin(torch.tensor(image.transpose(0, 3, 1, 2))).detach().numpy()
   features = tokenizer.Encoder(config).apply(
     {"params": params["encoder"]}, image
@@ -89,16 +88,6 @@ def test_equals_pytorch(attention):
   )
   assert np.std(ours) > 0.1
   np.testing.assert_allclose(ours, theirs.transpose(0, 2, 3, 1), atol=1e-4)
-
-
-def _load_benchmark():
-  path = pathlib.Path(__file__).parents[2] / "benchmarks"
-  spec = importlib.util.spec_from_file_location(
-    "train_step_tokenizer", path / "train_step_tokenizer.py"
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 def test_bfloat16_stays_close_and_keeps_float32_outside():
