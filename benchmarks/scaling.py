@@ -23,8 +23,12 @@ CONFIGS = {
 }
 # Slices, and what they need beside the preset to fit or to fill them.
 SLICES = {
-  "v5e:2x4": {"mesh.tensor": 1, "microbatches": 8},
-  "v5e:4x8": {"mesh.tensor": 1, "microbatches": 2},
+  "v5e:2x4": {"mesh.tensor": 1, "microbatches": 16},
+  "v5e:4x8": {
+    "mesh.tensor": 1,
+    "microbatches": 4,
+    "llm.remat_policy": "full",
+  },
   "v5e:8x8": {"mesh.tensor": 1},
   "v5e:16x16": {},
   # Of 64 shards a piece of the MLP would not fill the chip's tiles.

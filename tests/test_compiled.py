@@ -172,10 +172,21 @@ MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.
 
 
 def test_what_does_not_fit():
-  assert compiled.used_memory(MESSAGE) == "24.51G of 15.75G hbm"
+  assert compiled.used_memory(MESSAGE) == "24.51G of 15.75G"
+  other = "HLO temporaries (29.31G) exceeds available HBM (15.75G)."
+  assert compiled.used_memory(other) == "29.31G of 15.75G"
   first, second = compiled.largest_buffers(MESSAGE)
   assert first == "2.00G  f32[32,4096,4096]  jit(step)/jvp(Llama)/mlp"
   assert second == "512.00M  bf16[4096,65536]"
+
+
+def test_the_largest_arrays_on_the_way():
+  def function(x):
+    return jnp.sum(jnp.outer(x, x) + 1.0)
+
+  traced = jax.jit(function).trace(jax.ShapeDtypeStruct((100,), jnp.float32))
+  first, *_ = compiled.largest_arrays(traced.jaxpr)
+  assert first.startswith("4e-05 GB  float32[100,100]")
 
 
 @pytest.mark.parametrize("name", sorted(compiled.CHIPS))

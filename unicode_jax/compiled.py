@@ -266,6 +266,37 @@ def _inside(params) -> Iterator:
         yield item
 
 
+def largest_arrays(jaxpr, num_devices: int = 1, count: int = 5) -> list[str]:
+  """Lists the largest arrays that a traced program makes on its way.
+
+  Args:
+    jaxpr: As of `matmul_flops`.
+    num_devices: As of `matmul_flops`.
+    count: How many.
+
+  Returns:
+    Lines "34.4 GB  float32[...]  operation", of all devices together.
+  """
+  found: dict[str, float] = {}
+
+  def visit(program, times):
+    program = getattr(program, "jaxpr", program)
+    for equation in program.eqns:
+      inside = list(_inside(equation.params))
+      shared = equation.primitive.name == "shard_map"
+      for each in inside:
+        visit(each, times * (num_devices if shared else 1))
+      for variable in () if inside else equation.outvars:
+        if hasattr(variable.aval, "dtype"):
+          text = f"{variable.aval.str_short()}  {equation.primitive.name}"
+          size = times * variable.aval.size * variable.aval.dtype.itemsize
+          found[text] = max(size, found.get(text, 0))
+
+  visit(jaxpr, 1)
+  largest = sorted(found.items(), key=lambda item: -item[1])[:count]
+  return [f"{size / 1e9:.3g} GB  {text}" for text, size in largest]
+
+
 def largest_buffers(message: str, count: int = 5) -> list[str]:
   """Lists the largest arrays of a program that does not fit.
 
@@ -297,5 +328,12 @@ def largest_buffers(message: str, count: int = 5) -> list[str]:
 
 def used_memory(message: str) -> str:
   """Returns "USED of THERE" out of the TPU compiler's complaint, or ""."""
-  match = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) (\w+)", message)
-  return f"{match[1]} of {match[2]} {match[3]}" if match else ""
+  match = re.search(
+    r"Used ([\d.]+\w) of ([\d.]+\w) hbm"
+    r"|temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)",
+    message,
+  )
+  if match is None:
+    return ""
+  used, there, more, available = match.groups()
+  return f"{used} of {there}" if used else f"{more} of {available}"

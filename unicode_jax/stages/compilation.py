@@ -101,7 +101,8 @@ def compile_program(program, mesh, microbatches: int) -> Report:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return Report(**facts, fits=False, problem=_problem(str(error)))
+      problem = _problem(str(error), traced.jaxpr, mesh.size)
+      return Report(**facts, fits=False, problem=problem)
   seconds = time.monotonic() - start
   memory = compiled.memory_analysis()
   text = compiled_lib.read(compiled.as_text(), mesh.size)
@@ -137,11 +138,15 @@ def compile_program(program, mesh, microbatches: int) -> Report:
   )
 
 
-def _problem(message: str) -> str:
+def _problem(message: str, jaxpr, num_devices: int) -> str:
   """Says what does not fit, and which arrays are the largest."""
   used = compiled_lib.used_memory(message)
   lines = [f"needs {used}" if used else message.splitlines()[0]]
-  lines += compiled_lib.largest_buffers(message)
+  if buffers := compiled_lib.largest_buffers(message):
+    lines += ["the largest of a chip:", *buffers]
+  else:  # The compiler names none where it is far too much.
+    lines.append("the largest on the way, of all chips together:")
+    lines += compiled_lib.largest_arrays(jaxpr, num_devices)
   return "\n    ".join(lines)
 
 
