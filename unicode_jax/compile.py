@@ -1,6 +1,6 @@
 r"""Compiles the programs of a config for devices that are not here.
 
-  pip install "unicode_jax[tpu]"
+  pip install -e ".[tpu]"
   python -m unicode_jax.compile --config=configs/instruct.py:paper \
     --topology=v5e:16x16
 
@@ -102,7 +102,7 @@ def get_devices(topology: str) -> Sequence:
   except Exception as error:  # Of several types, none of them documented.
     reason = str(error).splitlines()[0]
     remedy = (
-      'install the compiler with pip install "unicode_jax[tpu]"'
+      'install the compiler with pip install -e ".[tpu]"'
       if "not installed" in reason or "libtpu" in reason
       else "use one such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
     )

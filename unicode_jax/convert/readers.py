@@ -134,7 +134,8 @@ class GGUFReader:
       self._reader = gguf.GGUFReader(path)
     except Exception as error:
       raise config_lib.ConfigError(
-        f"{path} is not a whole GGUF file ({error}): fetch it again"
+        f"{path} is not a whole GGUF file ({error}): fetch it again, or name "
+        "the folder of a Hugging Face checkpoint"
       ) from error
     self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
     # Its shapes are those of the memory's order, the fastest axis first.
