@@ -82,16 +82,16 @@ def row(slice_name: str, report: dict) -> str:
     return f"| {' | '.join([*cells, reason, '', '', '', ''])} |"
   memory = sum(report[k] for k in ("arguments", "temporaries", "outputs"))
   work, links = report["compute_seconds"], report["link_seconds"]
-  seconds = max(work, links)
+  seconds = max(work, links) if work else 0.0
   chips = 1
   for size in report["mesh"].values():
     chips *= size
   cells += [
     f"{memory / 1e9:.1f} of {report['memory'] / 1e9:.1f} GB",
-    f"{work:.3f}",
+    f"{work:.3f}" if work else "not known",
     f"{links:.3f}",
-    f"{100 * report['mfu_bound']:.0f} %",
-    f"{1000 * seconds * chips / 3600:.1f}",
+    f"{100 * report['mfu_bound']:.0f} %" if work else "-",
+    f"{1000 * seconds * chips / 3600:.1f}" if work else "-",
   ]
   return f"| {' | '.join(cells)} |"
 

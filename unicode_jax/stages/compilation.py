@@ -133,6 +133,9 @@ def compile_program(program, mesh, microbatches: int) -> Report:
   if not report.step_seconds or not flops:
     return report
   peak = chip.flops * mesh.size
+  if executed > peak * report.step_seconds:
+    # The chips cannot do so much: some pieces have no estimate.
+    return dataclasses.replace(report, compute_seconds=0.0)
   return dataclasses.replace(
     report, mfu_bound=flops / (peak * report.step_seconds)
   )
@@ -180,6 +183,8 @@ def describe(report: Report) -> Iterator[str]:
       f"  work: {report.flops:.3g} FLOP by arithmetic; the program has "
       f"{again:.2f} times as many in its products"
     )
+  if report.memory and not report.compute_seconds:
+    yield "  time: the compiler's estimates leave pieces out; not known"
   if report.step_seconds:
     once = ", the loop over new ids counted once" * (report.program == "decode")
     yield (
