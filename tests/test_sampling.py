@@ -450,12 +450,12 @@ def test_one_program_for_similar_calls(params):
     return sampling.generate(TINY, params, prompts, free_grammar(), how, key)
 
   run((3, 5))
-  compiled = sampling._decode._cache_size()
+  compiled = sampling.decode._cache_size()
   run((32, 1), jax.random.key(5))
   run((20, 20))
-  assert sampling._decode._cache_size() == compiled
+  assert sampling.decode._cache_size() == compiled
   run((33, 1))
-  assert sampling._decode._cache_size() == compiled + 1
+  assert sampling.decode._cache_size() == compiled + 1
 
   sizes = [sampling._bucket(n) for n in range(1, 4097)]
   assert all(n <= size for n, size in enumerate(sizes, 1))

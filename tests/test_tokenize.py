@@ -55,7 +55,7 @@ def start(tmp_path_factory):
   run_folder.claim(workdir, config)
   data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
   checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", 1)
-  checkpointer.save(2, {"variables": variables}, {}, {})
+  checkpointer.save(2, {"variables": variables}, {})
   checkpointer.close()
   return workdir
 

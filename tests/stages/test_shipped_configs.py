@@ -126,7 +126,9 @@ def test_instruct_preset_trains(stage_one, tmp_path, preset):
       "data.num_workers": 0,
       "text.sequence_length": 320,
       "instruct.global_batch_size": 2,
+      "platform": "cpu",
       "mesh.fsdp": 1,
+      "mesh.tensor": 1,
     },
   )
   config = config_lib.validate(config_lib.inherit(config))

@@ -4,7 +4,6 @@ import os
 import pathlib
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import shard_files
 
 # Keys that may differ when a run is resumed: they change its numbers by no more
 # than rounding.
@@ -87,8 +86,9 @@ def check_start(workdir: pathlib.Path, fingerprint: str) -> None:
   if not path.exists():
     # By every process of the run, all of them with the same text.
     workdir.mkdir(parents=True, exist_ok=True)
-    with shard_files.whole_files(path) as (temporary,):
-      temporary.write_text(fingerprint + "\n")
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(fingerprint + "\n")
+    temporary.replace(path)
   elif path.read_text().strip() != fingerprint:
     raise config_lib.ConfigError(
       f"{workdir} was begun from another tokenizer than init_from has now, so "
