@@ -12,6 +12,7 @@ there already is not run again. The tables go below a marked line of the page.
 import argparse
 import importlib.metadata
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -83,9 +84,7 @@ def row(slice_name: str, report: dict) -> str:
   memory = sum(report[k] for k in ("arguments", "temporaries", "outputs"))
   work, links = report["compute_seconds"], report["link_seconds"]
   seconds = max(work, links) if work else 0.0
-  chips = 1
-  for size in report["mesh"].values():
-    chips *= size
+  chips = math.prod(report["mesh"].values())
   cells += [
     f"{memory / 1e9:.1f} of {report['memory'] / 1e9:.1f} GB",
     f"{work:.3f}" if work else "not known",

@@ -286,15 +286,10 @@ def _find(workdir, step: int | None):
 def _restore(workdir: pathlib.Path, step: int, shapes, mesh):
   """Reads those variables of a checkpoint that `shapes` has."""
   if mesh is None:
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shardings = jax.tree.map(lambda _: here, shapes)
+    places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   else:
-    shardings = sharding.state_shardings(shapes, mesh)
-  target = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    shapes,
-    shardings,
-  )
+    places = sharding.state_shardings(shapes, mesh)
+  target = sharding.placed_shapes(shapes, places)
   with ocp.PyTreeCheckpointer() as checkpointer:
     return checkpointer.restore(
       (workdir / "checkpoints" / str(step) / "state").absolute(),

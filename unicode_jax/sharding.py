@@ -16,6 +16,7 @@ layers, and one mesh spans all devices of all processes.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 
 from absl import logging
@@ -292,6 +293,7 @@ def put_batch(batch, mesh: Mesh):
   return jax.tree.map(put, batch)
 
 
+@functools.lru_cache(maxsize=8)  # Asked of every batch that is put.
 def batch_share(mesh: Mesh) -> tuple[int, int]:
   """Says which part of every global batch this process reads.
 
@@ -306,7 +308,7 @@ def batch_share(mesh: Mesh) -> tuple[int, int]:
   Raises:
     ValueError: If processes share some of their rows, but not all.
   """
-  rows = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+  rows = num_batch_shards(mesh)
   held: dict[int, set[int]] = {}
   for row, devices in enumerate(mesh.devices.reshape(rows, -1)):
     for device in devices:
@@ -326,8 +328,32 @@ def divisible_batch(size: int) -> int:
   mesh = active_mesh()
   if mesh is None:
     return size
-  shards = math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+  shards = num_batch_shards(mesh)
   return -(-size // shards) * shards
+
+
+def num_batch_shards(mesh) -> int:
+  """Returns into how many parts a mesh, or an abstract one, splits a batch."""
+  return math.prod(mesh.shape.get(axis, 1) for axis in BATCH_AXES)
+
+
+def placed_shapes(tree, shardings):
+  """Returns a tree's shapes and dtypes with their places, without its values.
+
+  Args:
+    tree: Tree of arrays or `jax.ShapeDtypeStruct`.
+    shardings: Tree of the same structure, or one sharding for all.
+
+  Returns:
+    Tree of `jax.ShapeDtypeStruct`.
+  """
+  if isinstance(shardings, jax.sharding.Sharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
+  )
 
 
 def state_shardings(tree, mesh: Mesh):

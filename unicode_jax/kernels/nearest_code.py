@@ -222,13 +222,8 @@ def _nearest_code(z, codebook, valid, fast, search, mesh):
 
 def _mesh():
   """Returns the mesh that is set, if there is work to share."""
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return None
-  kinds = set(mesh.axis_types)
-  if AxisType.Manual in kinds:
-    return None  # Within `jax.shard_map`, which has shared it out already.
-  if kinds != {AxisType.Auto}:
+  mesh = sharding.active_mesh()
+  if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
     raise ValueError(
       f"The mesh that is set has axes of types {mesh.axis_types}: make it with "
       "axis_types=(jax.sharding.AxisType.Auto,) * number of axes."
@@ -240,7 +235,7 @@ def _search_sharded(search, z_NC, codebook_KC, bias_K, mesh):
   """Searches where queries and codes are, and compares the devices' best."""
   batch = tuple(a for a in sharding.BATCH_AXES if a in mesh.axis_names)
   codes = sharding.CODE_AXIS if sharding.CODE_AXIS in mesh.axis_names else None
-  batch_shards = np.prod([mesh.shape[a] for a in batch], dtype=int)
+  batch_shards = sharding.num_batch_shards(mesh)
   code_shards = mesh.shape[codes] if codes else 1
   num_queries, num_codes = z_NC.shape[0], codebook_KC.shape[0]
 

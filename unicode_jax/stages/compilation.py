@@ -155,11 +155,9 @@ def _problem(message: str, jaxpr, num_devices: int) -> str:
 
 def describe(report: Report) -> Iterator[str]:
   """Yields the lines of a report."""
-  sizes = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items())
   yield (
     f"{report.program}: {report.num_parameters / 1e9:.3g} B parameters, "
-    f"{report.items} {report.unit} a run, mesh {sizes}"
-    + (f", {report.microbatches} microbatches" * (report.microbatches > 1))
+    f"{report.items} {report.unit} a run, mesh {_layout(report)}"
   )
   if not report.fits:
     yield f"  DOES NOT FIT: {report.problem}"
@@ -208,6 +206,14 @@ def describe(report: Report) -> Iterator[str]:
       f"  {place}"
     )
   yield f"  compiled in {report.compile_seconds:.0f} s"
+
+
+def _layout(report: Report) -> str:
+  """Names the mesh, and the parts of a batch if there are several."""
+  text = " x ".join(f"{axis} {n}" for axis, n in report.mesh.items())
+  if report.microbatches > 1:
+    text += f", {report.microbatches} microbatches"
+  return text
 
 
 def _size(count: float) -> str:
@@ -300,10 +306,7 @@ def search(config, devices) -> list[list[Report]]:
 
 def rank_line(reports: Sequence[Report]) -> str:
   """Sums a mesh of the search up in a line."""
-  first = reports[0]
-  mesh = " x ".join(f"{axis} {n}" for axis, n in first.mesh.items())
-  if first.microbatches > 1:
-    mesh += f", {first.microbatches} microbatches"
+  mesh = _layout(reports[0])
   if not all(report.fits for report in reports):
     return f"  {mesh}: does not fit"
   most = max(r.arguments + r.temporaries + r.outputs for r in reports)

@@ -7,7 +7,6 @@ are not here.
 from collections.abc import Callable
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -102,9 +101,11 @@ def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
       name=phase.name,
       function=loop.jit_step(phase, shardings, mesh),
       arguments=(
-        _placed(state, shardings),
-        _placed(_batch(config, phase.stream), sharding.batch_sharding(mesh)),
-        _placed(phase.constants, everywhere),
+        sharding.placed_shapes(state, shardings),
+        sharding.placed_shapes(
+          _batch(config, phase.stream), sharding.batch_sharding(mesh)
+        ),
+        sharding.placed_shapes(phase.constants, everywhere),
       ),
       unit=phase.unit,
       items=phase.items,
@@ -134,8 +135,8 @@ def decode_program(config, mesh: jax.sharding.Mesh) -> Program:
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(llama.dtype)), params
   )
-  shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
-  rows, everywhere = DECODE_ROWS * shards, sharding.replicated(mesh)
+  rows = DECODE_ROWS * sharding.num_batch_shards(mesh)
+  everywhere = sharding.replicated(mesh)
   batch = sharding.batch_sharding(mesh)
 
   def shape(*sizes, dtype=jnp.int32, place=batch):
@@ -157,7 +158,9 @@ def decode_program(config, mesh: jax.sharding.Mesh) -> Program:
     arguments=(
       llama,
       sampling.SamplingConfig(max_new_tokens=DECODE_NEW),
-      _placed(params, sharding.state_shardings({"llm": params}, mesh)["llm"]),
+      sharding.placed_shapes(
+        params, sharding.state_shardings({"llm": params}, mesh)["llm"]
+      ),
       shape(rows, DECODE_PROMPT, config.tokenizer.depth),
       shape(rows),
       shape(rows),
@@ -198,17 +201,6 @@ def attention_flops(llama: llama_lib.LlamaConfig, length: int) -> float:
   """Counts the part of `llm_flops` that is scores and what they weigh."""
   seen = min(length / 2, llama.sliding_window or length)
   return 4.0 * llama.num_layers * seen * llama.num_heads * llama.head_dim
-
-
-def _placed(tree, shardings):
-  """Returns shapes with their places; one place may stand for all."""
-  if isinstance(shardings, jax.sharding.Sharding):
-    shardings = jax.tree.map(lambda _: shardings, tree)
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )
 
 
 def _batch(config, stream: str):

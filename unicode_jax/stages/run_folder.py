@@ -86,9 +86,7 @@ def check_start(workdir: pathlib.Path, fingerprint: str) -> None:
   if not path.exists():
     # By every process of the run, all of them with the same text.
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(fingerprint + "\n")
-    temporary.replace(path)
+    _write_whole(path, fingerprint + "\n")
   elif path.read_text().strip() != fingerprint:
     raise config_lib.ConfigError(
       f"{workdir} was begun from another tokenizer than init_from has now, so "
@@ -106,6 +104,11 @@ def claim(workdir: pathlib.Path, config) -> None:
   """
   path = workdir / "config.json"
   workdir.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp")
-  temporary.write_text(config_lib.to_json(config))
+  _write_whole(path, config_lib.to_json(config))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+  """Writes a file that others see whole, or not at all."""
+  temporary = path.with_suffix(f".{os.getpid()}")
+  temporary.write_text(text)
   temporary.replace(path)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import pathlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 
@@ -78,12 +77,3 @@ class Checkpointer:
     """Waits for the last save to be whole."""
     self._manager.wait_until_finished()
     self._manager.close()
-
-
-def abstract(tree: Any, shardings: Any) -> Any:
-  """Returns the tree's shapes, dtypes and shardings without its values."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )

@@ -296,7 +296,7 @@ def _train(stage, workdir, config, mesh, until_step):
     )(key, start)
     step, record = 0, {"alarm_below_since": None, "train_seconds": 0.0}
   else:
-    target = checkpoint_lib.abstract(shapes, shardings)
+    target = sharding.placed_shapes(shapes, shardings)
     state, record = checkpointer.restore(latest, target)
     step = latest
   del start
