@@ -9,6 +9,7 @@ programs as they ship, in twice the time: `XLA_FLAGS= python -m pytest`.
 import dataclasses
 import os
 import pathlib
+import subprocess
 import sys
 import tempfile
 from typing import Any, NamedTuple
@@ -86,9 +87,11 @@ def host_devices():
   """Returns a function: the environment of a process with n CPU devices."""
 
   def environment(count: int) -> dict[str, str]:
+    flags = os.environ["XLA_FLAGS"]
     return os.environ | {
       "JAX_PLATFORMS": "cpu",
-      "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
+      "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+      "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
       # Collectives block threads: as many as devices are too few, and wait for
       # each other until XLA gives up.
       "PJRT_NPROC": "64",
@@ -96,6 +99,28 @@ def host_devices():
     }
 
   return environment
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """Returns a function: a folder on a disk of so many bytes.
+
+  It takes a system that lets this user mount one.
+  """
+  mounted = []
+
+  def mount(size: int) -> pathlib.Path:
+    folder = tmp_path / f"disk{len(mounted)}"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True).returncode:
+      pytest.skip("this user may not mount a disk")
+    mounted.append(folder)
+    return folder
+
+  yield mount
+  for folder in mounted:
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 class TinyRun(NamedTuple):

@@ -2,17 +2,27 @@
 
 Flags are parsed, libraries kept quiet, and errors that a user can mend are said
 in one line. Exit statuses: 0; 2 for a flag, config or file that cannot be used;
-3 for a run that should not go on (collapse, divergence); 130 for Ctrl-C.
+3 for a run that should not go on (collapse, divergence); 74 where a disk is full
+or fails; 75 for SIGTERM, after
+which the same command may be started again; 130 for Ctrl-C.
 """
 
 from collections.abc import Callable
+import errno
 import functools
 import os
+import signal
 import sys
+import time
 
 from absl import app, flags, logging
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, interruption
+
+# EX_IOERR of sysexits.h.
+DISK_STATUS = 74
+# `time.time()` when this process began its command, None where it has none.
+BEGAN: float | None = None
 
 
 def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
@@ -20,10 +30,13 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
 
   Args:
     main: its work; called without arguments, or with the overrides.
-    interrupted: what Ctrl-C leaves behind, for the user.
+    interrupted: what Ctrl-C or SIGTERM leaves behind, for the user.
     overrides: whether the command takes --config.KEY=VALUE.
   """
+  global BEGAN
+  BEGAN = time.time()
   argv = sys.argv
+  signal.signal(signal.SIGTERM, interruption.raise_preempted)
   try:
     if overrides:
       argv, values = config_lib.split_overrides(argv)
@@ -34,6 +47,12 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
   except OSError as error:
     if error.filename is None:
       raise
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+      _end(
+        DISK_STATUS,
+        f"error: {error.strerror}: {str(error.filename)!r}: give it room; "
+        f"{interrupted}",
+      )
     _end(
       2,
       f"error: {error.strerror}: {str(error.filename)!r}: name a file or "
@@ -42,7 +61,9 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
   except config_lib.RunError as error:
     _end(3, f"stopped: {error}")
   except KeyboardInterrupt:
-    _end(130, f"interrupted: {interrupted}")
+    _end(interruption.CTRL_C_STATUS, f"interrupted: {interrupted}")
+  except interruption.Preempted:
+    _end(interruption.PREEMPTED_STATUS, f"stopped by SIGTERM: {interrupted}")
 
 
 def _parsed(argv: list[str]) -> list[str]:

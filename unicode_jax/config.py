@@ -340,6 +340,21 @@ def default_config() -> ConfigDict:
   alarm.patience = 300
   alarm.stop = False
 
+  config.recovery = recovery = ConfigDict()
+  # A step whose loss or gradient is not finite changes nothing. After so many
+  # of them in a row the run goes back to its newest checkpoint before them and
+  # leaves out the data since; after so many such returns it stops.
+  recovery.skip_limit = 20
+  recovery.rewind_limit = 3
+  # Gradient norms of so many times the median are reported.
+  recovery.spike_factor = 10.0
+  # Seconds that SIGTERM and Ctrl-C leave for a checkpoint; set it below what
+  # the machines grant.
+  recovery.grace_seconds = 300.0
+  # Without a finished step for so many seconds, the stacks of all threads are
+  # written to stalls.txt.
+  recovery.stall_seconds = 1800.0
+
   config.mesh = mesh = ConfigDict()
   # Devices along each axis, of all processes together; one of them may be -1,
   # which takes what the others leave over. "data" splits the batch; "fsdp" the
@@ -388,6 +403,7 @@ _RANGES = (
       "codebook.restart_dead_after",
       "schedule.finetune_steps",
       "optimizer.*.warmup_steps",
+      "recovery.rewind_limit",
     ),
   ),
   (
@@ -414,7 +430,8 @@ _RANGES = (
       "*.clip_norm",
     ),
   ),
-  (1, math.inf, ("llm.rope_scaling.factor",)),
+  (1, math.inf, ("llm.rope_scaling.factor", "recovery.spike_factor")),
+  (0.1, math.inf, ("recovery.*_seconds",)),
   (0.01, 0.9, ("*.heldout_fraction",)),
   (0, 0.9, ("data.validation_fraction",)),
   (0.01, 1, ("data.crop_scale",)),
@@ -721,7 +738,7 @@ _PATHS = (
   ("tokenizer.loss.perceptual_weights", os.path.exists, "a file or folder"),
 )
 # Where "~" is the user's own folder.
-_FOLDERS = {"init_from", "llm_from", "data.cache_dir", *(p[0] for p in _PATHS)}
+FOLDERS = {"init_from", "llm_from", "data.cache_dir", *(p[0] for p in _PATHS)}
 
 
 def downsampling(config: ConfigDict) -> int:
@@ -1003,7 +1020,7 @@ def apply_overrides(
     if isinstance(value, str):
       value = _read(key, value)
     value = _check_type(key, value)
-    if isinstance(value, str) and key in _FOLDERS:
+    if isinstance(value, str) and key in FOLDERS:
       value = os.path.expanduser(value)
     section, _, leaf = key.rpartition(".")
     holder = functools.reduce(getattr, filter(None, section.split(".")), config)
@@ -1055,6 +1072,51 @@ def flatten(
     else:
       leaves[prefix + key] = value
   return leaves
+
+
+# Keys that may differ when a run is resumed: they change its numbers by no more
+# than rounding.
+FREE_KEYS = (
+  "log_every",
+  "eval_every",
+  "picture_every",
+  "checkpoint_every",
+  "keep_checkpoints",
+  "platform",
+  "data.cache_dir",
+  "data.codes",
+  "evaluate",
+  "mesh",
+  "distributed",
+  "data.num_workers",
+  "microbatches",
+  "llm.attention",
+  "llm.attention_block",
+  "llm.remat_policy",
+  "alarm",
+  "recovery",
+)
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+  """Compares what decides the numbers of two runs.
+
+  Args:
+    old: Of `flatten`, perhaps read from JSON, which knows no tuples.
+    new: Of `flatten`.
+
+  Returns:
+    Key, old and new value of each that differs; None stands for a missing one.
+  """
+  old, new = (json.loads(json.dumps(dict(values))) for values in (old, new))
+  return [
+    (key, old.get(key), new.get(key))
+    for key in sorted(old.keys() | new.keys())
+    if old.get(key) != new.get(key)
+    and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+  ]
 
 
 def to_json(config: ConfigDict) -> str:

@@ -18,7 +18,6 @@ from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
 from unicode_jax import (
   codebook as codebook_lib,
@@ -33,6 +32,7 @@ from unicode_jax.models import (
   unicode as unicode_lib,
 )
 from unicode_jax.nn import rope
+from unicode_jax.training import checkpoint
 
 TEXT_TOKENIZER = "text_tokenizer"
 # In the config of an imported language model, which no stage trained.
@@ -192,19 +192,11 @@ def load(
   Raises:
     ConfigError: If the folder holds no run, or no such checkpoint.
   """
-  chosen = step
-  workdir, config, step = _find(workdir, step)
+  workdir, config = _find(workdir)
   if config.stage == LLM_STAGE:
     raise config_lib.ConfigError(
       f"{workdir} holds an imported language model, which has seen no image: "
       f"train stage I from it with --config.llm_from={workdir}"
-    )
-  if chosen is None and step < config_lib.total_steps(config):
-    logging.warning(
-      "%s: trained for %d of %d steps",
-      workdir,
-      step,
-      config_lib.total_steps(config),
     )
   model = build_model(config)
   shapes = jax.eval_shape(
@@ -212,7 +204,7 @@ def load(
     jax.random.key(0),
     jax.ShapeDtypeStruct((config.text.vocab_size,), jnp.bool_),
   )
-  variables = _restore(workdir, step, shapes, mesh)
+  step, variables = _restore(workdir, config, step, shapes, mesh)
   if model.lora_rank:
     params = dict(variables.params)
     params["llm"] = lora_lib.merge_in_place(
@@ -222,7 +214,7 @@ def load(
     model = dataclasses.replace(model, lora_rank=0)
   tokenizer = None
   if model.llama is not None:
-    tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
+    tokenizer = _load_text_tokenizer(workdir, step)
   return Loaded(config, model, variables, tokenizer, workdir, step)
 
 
@@ -244,7 +236,7 @@ def load_llm(
   Raises:
     ConfigError: If the folder holds no run, no LLM, or no such checkpoint.
   """
-  workdir, config, step = _find(workdir, step)
+  workdir, config = _find(workdir)
   if config.stage == "instruct" and config.instruct.lora_rank:
     return load(workdir, step, mesh).llm
   llama = build_llama(config)
@@ -259,48 +251,86 @@ def load_llm(
     jax.ShapeDtypeStruct((1, 1, 1), jnp.int32),
   )["params"]
   shapes = {"params": {"llm": params}}
-  params = _restore(workdir, step, shapes, mesh)["params"]["llm"]
-  tokenizer = text_tokenizer_lib.load_text_tokenizer(workdir / TEXT_TOKENIZER)
+  step, variables = _restore(workdir, config, step, shapes, mesh)
+  params = variables["params"]["llm"]
+  tokenizer = _load_text_tokenizer(workdir, step)
   return LoadedLlm(config, llama, params, tokenizer, workdir, step)
 
 
-def _find(workdir, step: int | None):
-  """Returns folder, config and step of a checkpoint."""
+def _find(workdir):
+  """Returns folder and config of a run."""
   config = config_lib.read_run(workdir)
-  workdir = pathlib.Path(workdir).expanduser()
+  return pathlib.Path(workdir).expanduser(), config
+
+
+def _restore(workdir: pathlib.Path, config, step: int | None, shapes, mesh):
+  """Reads those variables of a checkpoint that `shapes` has.
+
+  Returns:
+    Step and variables: of the step that is asked for, else of the newest
+    checkpoint that is whole.
+  """
   folder = workdir / "checkpoints"
   steps = sorted(
-    int(entry.name)
-    for entry in (folder.iterdir() if folder.is_dir() else ())
-    if entry.name.isdigit()
+    (
+      int(entry.name)
+      for entry in (folder.iterdir() if folder.is_dir() else ())
+      if entry.name.isdigit()
+    ),
+    reverse=True,
   )
   if not steps or (step is not None and step not in steps):
     raise config_lib.ConfigError(
       f"{folder} has no checkpoint"
-      + (f" of step {step}; it has {steps}" if steps else "")
+      + (f" of step {step}; it has {steps[::-1]}" if steps else "")
       + (": choose one of these" if steps else ": let the run reach its first")
     )
-  return workdir, config, steps[-1] if step is None else step
-
-
-def _restore(workdir: pathlib.Path, step: int, shapes, mesh):
-  """Reads those variables of a checkpoint that `shapes` has."""
   if mesh is None:
     places = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   else:
     places = sharding.state_shardings(shapes, mesh)
   target = sharding.placed_shapes(shapes, places)
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    return checkpointer.restore(
-      (workdir / "checkpoints" / str(step) / "state").absolute(),
-      args=ocp.args.PyTreeRestore(
-        item={"variables": target},
-        restore_args={
-          "variables": ocp.checkpoint_utils.construct_restore_args(target)
-        },
-        partial_restore=True,
-      ),
-    )["variables"]
+  problems = []
+  for tried in steps if step is None else [step]:
+    try:
+      variables = checkpoint.read_variables(folder / str(tried), config, target)
+    except checkpoint.DamagedError as error:
+      problems.append(f"step {tried}: {error}")
+      continue
+    if problems:
+      logging.warning(
+        "%s: step %d is used, newer checkpoints are damaged (%s)",
+        folder,
+        tried,
+        "; ".join(problems),
+      )
+    trained = config.stage != LLM_STAGE
+    if trained and step is None and tried < config_lib.total_steps(config):
+      logging.warning(
+        "%s: trained for %d of %d steps",
+        workdir,
+        tried,
+        config_lib.total_steps(config),
+      )
+    return tried, variables
+  raise config_lib.ConfigError(
+    f"no checkpoint in {folder} can be read ({'; '.join(problems)}): bring one "
+    "back from a copy"
+    + ("" if step is None else f", or choose another of {steps[::-1]}")
+  )
+
+
+def _load_text_tokenizer(workdir: pathlib.Path, step: int):
+  """Reads the text tokenizer that a checkpoint was trained with."""
+  folder = workdir / TEXT_TOKENIZER
+  tokenizer = text_tokenizer_lib.load_text_tokenizer(folder)
+  record = checkpoint.read_record(workdir / "checkpoints" / str(step))
+  if record.get("text_tokenizer") not in (None, tokenizer.digest):
+    raise config_lib.ConfigError(
+      f"{folder} is not the tokenizer that the run was trained with: it was "
+      "edited or is damaged; the same training command writes it anew"
+    )
+  return tokenizer
 
 
 def frozen_codebook(

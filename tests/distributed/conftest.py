@@ -63,7 +63,8 @@ def logged():
     for line in (pathlib.Path(workdir) / "metrics.jsonl").open():
       row = json.loads(line)
       step = rows.setdefault(row.pop("step"), {})
-      step |= {k: v for k, v in row.items() if not k.startswith("time/")}
+      timing = ("time/", "goodput/")
+      step |= {k: v for k, v in row.items() if not k.startswith(timing)}
     return rows
 
   return read

@@ -5,6 +5,7 @@
 UNTIL_STEP 0 runs to the end, as `unicode_jax.main` does.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,8 @@ def digests(state):
 if not until_step:
   {"pretrain": pretrain, "instruct": instruct}[stage].run(config, workdir)
   sys.exit()
-mesh = runner.prepare(config, workdir)
+here = contextlib.ExitStack()
+mesh = here.enter_context(runner.prepared(config, workdir))
 data = runner.load_data(config, with_text=True)
 # Counts what this process reads.
 reads = []

@@ -14,7 +14,7 @@ from unicode_jax.data import mixture as mixture_lib, pipeline, tasks
 from unicode_jax.stages import instruct, runner
 from unicode_jax.training import instruct_step, loop
 
-TIMING = "time/"
+TIMING = ("time/", "goodput/")
 VISIONS = ("unified", "separate", "projector")
 
 

@@ -11,14 +11,32 @@ from unicode_jax.training import metrics
 
 def test_window_averages_scalars_and_sums_histograms():
   window = metrics.Window()
-  window.add({"loss": jnp.float32(1.0), "counts": jnp.array([1.0, 0.0])})
-  window.add({"loss": jnp.float32(3.0), "counts": jnp.array([1.0, 2.0])})
-  window.add({"other": jnp.float32(5.0)})
-  flushed = window.flush()
-  assert flushed["loss"] == 2.0
-  assert flushed["other"] == 5.0
-  np.testing.assert_array_equal(flushed["counts"], [2.0, 2.0])
-  assert window.flush() == {}
+  window.add(1, {"loss": jnp.float32(1.0), "counts": jnp.array([1.0, 0.0])})
+  window.add(2, {"loss": jnp.float32(3.0), "counts": jnp.array([1.0, 2.0])})
+  window.add(3, {"other": jnp.float32(5.0)})
+  means, steps, _, _ = window.flush()
+  assert means["loss"] == 2.0
+  assert means["other"] == 5.0
+  np.testing.assert_array_equal(means["counts"], [2.0, 2.0])
+  assert steps == [1, 2, 3]
+  assert not window and window.flush().means == {}
+
+
+def test_a_window_leaves_out_skipped_steps():
+  window = metrics.Window()
+  for step, norm, skipped in ((1, 1.0, 0.0), (2, np.nan, 1.0), (3, 5.0, 0.0)):
+    window.add(
+      step,
+      {
+        "gradient_norm": jnp.float32(norm),
+        "counts": jnp.zeros(2),
+        "skipped": jnp.float32(skipped),
+      },
+    )
+  means, steps, skipped, norms = window.flush()
+  assert means == {"gradient_norm": 3.0}
+  assert (steps, skipped) == ([1, 2, 3], [0.0, 1.0, 0.0])
+  assert norms == {"gradient_norm": [(1, 1.0), (3, 5.0)]}
 
 
 def test_writer_drops_lines_after_the_step_resumed_from(tmp_path):
@@ -37,6 +55,12 @@ def test_writer_drops_lines_after_the_step_resumed_from(tmp_path):
     {"step": 2, "loss": 2.0},
     {"step": 3, "loss": 30.0},
   ]
+
+
+def test_a_damaged_line_takes_no_other_with_it(tmp_path):
+  path = tmp_path / "metrics.jsonl"
+  path.write_text('{"step": 1}\n{"st\0p": 2}\n[3]\n{"step": 4}\n{"st')
+  assert metrics.read_jsonl(path) == [{"step": 1}, {"step": 4}]
 
 
 def test_values_that_are_not_finite_stay_valid_json(tmp_path):

@@ -341,19 +341,6 @@ class Mixture:
     return row
 
 
-class _RowNumbers:
-  """The rows of one group, as a data source of numbers."""
-
-  def __init__(self, group: int, count: int):
-    self._group, self._count = group, count
-
-  def __len__(self) -> int:
-    return self._count
-
-  def __getitem__(self, index: int) -> tuple[int, int]:
-    return self._group, index
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _BuildRow(grain.transforms.RandomMap):
   """Makes the row of a number."""
@@ -392,13 +379,7 @@ def mixture_iterator(
   Raises:
     ConfigError: the batch does not divide.
   """
-  groups = [
-    grain.MapDataset.source(
-      pipeline.Epochs(_RowNumbers(i, len(group)), seed, i)
-    )
-    for i, group in enumerate(mixture.groups)
-  ]
-  dataset = grain.MapDataset.mix(groups, mixture.weights).seed(seed)
+  dataset = _order(mixture, seed).seed(seed)
   dataset = dataset.random_map(_BuildRow(mixture))
   dataset = pipeline.shard(
     dataset, global_batch_size, process_index, process_count
@@ -408,6 +389,44 @@ def mixture_iterator(
   ]
   threads = 1 if mixture.cached else max(read_threads, default=1)
   return pipeline.iterate(dataset, num_workers, start, threads)
+
+
+def _order(mixture: Mixture, seed: int) -> grain.MapDataset:
+  """Says which (group, row) comes when."""
+  numbers = [
+    pipeline.Numbers(i, len(group)) for i, group in enumerate(mixture.groups)
+  ]
+  return pipeline.mix(numbers, mixture.weights, seed)
+
+
+def batch_names(
+  mixture: Mixture, *, global_batch_size: int, seed: int, batch: int
+) -> list[str]:
+  """Names the rows of a batch of `mixture_iterator`, of all processes.
+
+  Args:
+    mixture: as there.
+    global_batch_size: as there.
+    seed: as there.
+    batch: its number, from 0.
+
+  Returns:
+    "task row n", with the names of its images behind it.
+  """
+  order = _order(mixture, seed)
+  first = batch * global_batch_size
+  names = []
+  for group, row in (order[first + n] for n in range(global_batch_size)):
+    rows = mixture.groups[group]
+    shown = [rows.examples[i].item for i in rows.rows[row]]
+    images = [
+      f"{rows.source.name}/{rows.source.items[item]['name']}"
+      for item in shown
+      if item is not None
+    ]
+    name = f"{rows.name} row {row}"
+    names.append(f"{name}: {', '.join(images)}" if images else name)
+  return names
 
 
 def fixed_batches(

@@ -10,6 +10,7 @@ gives after n batches, with any number of processes and workers.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import itertools
 import logging
 import sys
 from typing import Any
@@ -24,6 +25,9 @@ from unicode_jax.data import (
   sources as sources_lib,
   views as views_lib,
 )
+
+# Characters of a conversation that name it.
+_SHOWN_OF_TEXT = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +154,7 @@ def image_iterator(
   sizes = {source.name: source.image_size for source, _ in chosen}
   if len(set(sizes.values())) > 1:
     raise config_lib.ConfigError(f"image sources differ in size: {sizes}")
-  dataset = grain.MapDataset.mix(
-    [
-      grain.MapDataset.source(Epochs(source, seed, i))
-      for i, (source, _) in enumerate(chosen)
-    ],
-    [weight for _, weight in chosen],
-  ).seed(seed)
+  dataset = mix(*zip(*chosen), seed).seed(seed)
   if crop_scale < 1:
     dataset = dataset.random_map(RandomResizedCrop(crop_scale))
   if flip:
@@ -167,6 +165,72 @@ def image_iterator(
   dataset = dataset.map(lambda batch: {"image": to_float(batch["image"])})
   threads = max(source.read_threads for source, _ in chosen)
   return iterate(dataset, num_workers, start, threads)
+
+
+def image_batch_names(
+  sources: Sequence[sources_lib.ImageSource],
+  weights: Sequence[float],
+  *,
+  global_batch_size: int,
+  seed: int,
+  batch: int,
+) -> list[str]:
+  """Names the images of a batch of `image_iterator`, of all processes.
+
+  Args:
+    sources: as there.
+    weights: as there.
+    global_batch_size: as there.
+    seed: as there.
+    batch: its number, from 0.
+
+  Returns:
+    "source/image" of each.
+  """
+  chosen = [(s, w) for s, w in zip(sources, weights) if w]
+  numbers = [Numbers(i, len(source)) for i, (source, _) in enumerate(chosen)]
+  order = mix(numbers, [weight for _, weight in chosen], seed)
+  first = batch * global_batch_size
+  return [
+    f"{chosen[i][0].name}/{chosen[i][0].items[row]['name']}"
+    for i, row in (order[first + n] for n in range(global_batch_size))
+  ]
+
+
+class Numbers:
+  """A data source of (group, 0), (group, 1), ..."""
+
+  def __init__(self, group: int, count: int):
+    self._group, self._count = group, count
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, index: int) -> tuple[int, int]:
+    return self._group, index
+
+
+def mix(
+  sources: Sequence[Any], weights: Sequence[float], seed: int
+) -> grain.MapDataset:
+  """Interleaves data sources for ever, each in a random order every epoch.
+
+  Args:
+    sources: addressable by number.
+    weights: share of each.
+    seed: decides the orders.
+
+  Returns:
+    A data set of their elements. Which element stands where depends on the
+    lengths of the sources alone, not on what they hold.
+  """
+  return grain.MapDataset.mix(
+    [
+      grain.MapDataset.source(Epochs(source, seed, i))
+      for i, source in enumerate(sources)
+    ],
+    list(weights),
+  )
 
 
 class PackedText:
@@ -199,7 +263,12 @@ class PackedText:
       sequences.EncodedConversation(*(a[:sequence_length] for a in e))
       for e in encoded
     ]
-    self.conversations = [e for e in cut if e.loss_mask.any()]
+    kept = [e.loss_mask.any() for e in cut]
+    self.conversations = list(itertools.compress(cut, kept))
+    self._questions = [
+      str(c.turns[0][0])[:_SHOWN_OF_TEXT]
+      for c in itertools.compress(conversations, kept)
+    ]
     dropped = len(encoded) - len(self.conversations)
     if not self.conversations:
       raise config_lib.ConfigError(
@@ -225,6 +294,10 @@ class PackedText:
   def __len__(self) -> int:
     return len(self.rows)
 
+  def first_words(self, index: int) -> str:
+    """Returns how the first conversation of a row begins."""
+    return self._questions[self.rows[index][0]]
+
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Returns `sequences.pack_row`'s arrays; all padding behind the end."""
     chosen = self.rows[index] if index < len(self.rows) else ()
@@ -234,10 +307,8 @@ class PackedText:
 
 
 def text_iterator(
-  conversations: Sequence[sequences.Conversation],
-  tokenizer: sequences.Encoder,
+  rows: PackedText,
   *,
-  sequence_length: int,
   global_batch_size: int,
   seed: int,
   process_index: int = 0,
@@ -248,9 +319,7 @@ def text_iterator(
   """Iterates for ever over packed conversations, rows shuffled in every epoch.
 
   Args:
-    conversations: text-only conversations.
-    tokenizer: see `sequences.Encoder`.
-    sequence_length: T, positions of a row.
+    rows: of T positions each.
     global_batch_size: rows per step, over all processes.
     seed: decides the order.
     process_index: this process.
@@ -264,13 +333,25 @@ def text_iterator(
     image_mask bool[b, T].
 
   Raises:
-    ConfigError: no conversation has an answer in reach, or the batch does not
-      divide.
+    ConfigError: the batch does not divide.
   """
-  rows = PackedText(conversations, tokenizer, sequence_length, "training text")
   dataset = grain.MapDataset.source(Epochs(rows, seed))
   dataset = shard(dataset, global_batch_size, process_index, process_count)
   return iterate(dataset, num_workers, start)
+
+
+def text_batch_names(
+  rows: PackedText, *, global_batch_size: int, seed: int, batch: int
+) -> list[str]:
+  """Names the rows of a batch of `text_iterator`; see `image_batch_names`.
+
+  Returns:
+    "text row n: first words of its first conversation".
+  """
+  numbers = Epochs(Numbers(0, len(rows)), seed)
+  first = batch * global_batch_size
+  chosen = (numbers[first + n][1] for n in range(global_batch_size))
+  return [f"text row {row}: {rows.first_words(row)}" for row in chosen]
 
 
 def heldout_text_batches(
@@ -284,12 +365,13 @@ def heldout_text_batches(
 ) -> list[dict[str, np.ndarray]]:
   """Returns fixed batches that hold every conversation once, for perplexity.
 
-  Args and batches are `text_iterator`'s. The last batch is filled up with rows
-  of padding, so every process has the same number of batches and every batch
-  the same shape.
+  Args are `PackedText`'s and `text_iterator`'s, batches the latter's. The last
+  batch is filled up with rows of padding, so every process has the same number
+  of batches and every batch the same shape.
 
   Raises:
-    ConfigError: as `text_iterator`.
+    ConfigError: no conversation has an answer in reach, or the batch does not
+      divide.
   """
   size = per_process(global_batch_size, process_index, process_count)
   rows = PackedText(conversations, tokenizer, sequence_length, "held-out text")

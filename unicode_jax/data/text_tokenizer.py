@@ -9,6 +9,7 @@ an added token, nor a raw byte, nor an image delimiter.
 
 from collections.abc import Iterable, Sequence
 import difflib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, files
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 IMAGE_START, IMAGE_END = "<image>", "</image>"
@@ -202,6 +203,12 @@ class TextTokenizer:
     mask[[self.token_id(image_start), self.token_id(image_end)]] = False
     return mask
 
+  @property
+  def digest(self) -> str:
+    """Returns what two tokenizers share that give texts the same ids."""
+    roles = json.dumps([self.bos_id, self.eos_id])
+    return hashlib.sha256((self._json + roles).encode()).hexdigest()
+
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes a folder that `AutoTokenizer.from_pretrained` loads."""
     folder = Path(directory)
@@ -213,7 +220,7 @@ class TextTokenizer:
       ("tokenizer.json", self._json),
       ("tokenizer_config.json", json.dumps(config, indent=2)),
     ):
-      (folder / name).write_text(text, encoding="utf-8")
+      files.write_whole(folder / name, text)
 
   def save_plain(self, path: str | os.PathLike[str]) -> None:
     """Writes what `encode` uses as one file, for the library `tokenizers`.

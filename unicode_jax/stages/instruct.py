@@ -323,6 +323,16 @@ class InstructStage:
       )
     }
 
+  def batch_names(self, stream: str, batch: int) -> list[str]:
+    """Names the rows of a batch, with their images."""
+    del stream
+    return mixture_lib.batch_names(
+      self.mixture,
+      global_batch_size=self.config.instruct.global_batch_size,
+      seed=self.config.seed,
+      batch=batch,
+    )
+
   def phase(self, step: int) -> loop.Phase:
     """Returns the only kind of step."""
     del step
@@ -440,19 +450,19 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="instruct"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  mesh = runner.prepare(config, workdir)
-  loaded = loading.load(config.init_from, mesh=mesh)
-  data = runner.load_data(
-    config,
-    with_text=True,
-    tokenizer_path=str(loaded.workdir / loading.TEXT_TOKENIZER),
-  )
-  fingerprint = loading.fingerprint(loaded.model, loaded.variables)
-  run_folder.check_start(workdir, fingerprint)
-  codes = _codes(config, loaded, data.image_sources, fingerprint, workdir)
-  stage = InstructStage(config, data, loaded, codes)
-  del loaded  # The stage hands its variables over to training.
-  runner.train_and_report(stage, config, workdir, mesh, CURVES)
+  with runner.prepared(config, workdir) as mesh:
+    loaded = loading.load(config.init_from, mesh=mesh)
+    data = runner.load_data(
+      config,
+      with_text=True,
+      tokenizer_path=str(loaded.workdir / loading.TEXT_TOKENIZER),
+    )
+    fingerprint = loading.fingerprint(loaded.model, loaded.variables)
+    run_folder.check_start(workdir, fingerprint)
+    codes = _codes(config, loaded, data.image_sources, fingerprint, workdir)
+    stage = InstructStage(config, data, loaded, codes)
+    del loaded  # The stage hands its variables over to training.
+    runner.train_and_report(stage, config, workdir, mesh, CURVES)
 
 
 def _codes(config, loaded, sources, fingerprint, workdir):

@@ -52,6 +52,16 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     self.total_steps = config_lib.total_steps(config)
 
   @functools.cached_property
+  def train_text(self):
+    """Rows of the training text."""
+    return pipeline.PackedText(
+      self.data.train_texts,
+      self.data.text_tokenizer,
+      self.config.text.sequence_length,
+      "training text",
+    )
+
+  @functools.cached_property
   def heldout_text(self):
     """Batches of `pipeline.heldout_text_batches`."""
     return pipeline.heldout_text_batches(
@@ -111,10 +121,8 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     """Opens the streams of images and of text."""
     return super().make_iterators(start, share) | {
       "text": pipeline.text_iterator(
-        self.data.train_texts,
-        self.data.text_tokenizer,
+        self.train_text,
         seed=self.config.seed,
-        sequence_length=self.config.text.sequence_length,
         global_batch_size=self.config.text.global_batch_size,
         process_index=share[0],
         process_count=share[1],
@@ -122,6 +130,17 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
         start=start["text"],
       )
     }
+
+  def batch_names(self, stream: str, batch: int) -> list[str]:
+    """Names the images or the rows of text of a batch."""
+    if stream == "image":
+      return super().batch_names(stream, batch)
+    return pipeline.text_batch_names(
+      self.train_text,
+      global_batch_size=self.config.text.global_batch_size,
+      seed=self.config.seed,
+      batch=batch,
+    )
 
   def phase(self, step: int) -> loop.Phase:
     """Returns what the schedule says for a step (0-based)."""
@@ -245,8 +264,8 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="pretrain"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  mesh = runner.prepare(config, workdir)
-  data = runner.load_data(config, with_text=True)
-  valid = loading.valid_codes(config, data.text_tokenizer)
-  stage = PretrainStage(config, data, loading.build_model(config), valid)
-  runner.train_and_report(stage, config, workdir, mesh, CURVES)
+  with runner.prepared(config, workdir) as mesh:
+    data = runner.load_data(config, with_text=True)
+    valid = loading.valid_codes(config, data.text_tokenizer)
+    stage = PretrainStage(config, data, loading.build_model(config), valid)
+    runner.train_and_report(stage, config, workdir, mesh, CURVES)

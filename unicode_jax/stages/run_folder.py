@@ -3,29 +3,7 @@
 import os
 import pathlib
 
-from unicode_jax import config as config_lib
-
-# Keys that may differ when a run is resumed: they change its numbers by no more
-# than rounding.
-FREE_KEYS = (
-  "log_every",
-  "eval_every",
-  "picture_every",
-  "checkpoint_every",
-  "keep_checkpoints",
-  "platform",
-  "data.cache_dir",
-  "data.codes",
-  "evaluate",
-  "mesh",
-  "distributed",
-  "data.num_workers",
-  "microbatches",
-  "llm.attention",
-  "llm.attention_block",
-  "llm.remat_policy",
-  "alarm",
-)
+from unicode_jax import config as config_lib, files
 
 
 def check(workdir: pathlib.Path, config) -> None:
@@ -46,10 +24,8 @@ def check(workdir: pathlib.Path, config) -> None:
       if values["init_from"] is not None:
         values["init_from"] = os.path.realpath(values["init_from"])
     differing = [
-      f"{key}: {old.get(key)!r} there, {new.get(key)!r} asked for"
-      for key in sorted(old.keys() | new.keys())
-      if old.get(key) != new.get(key)
-      and not any(key == k or key.startswith(k + ".") for k in FREE_KEYS)
+      f"{key}: {there!r} there, {asked!r} asked for"
+      for key, there, asked in config_lib.differences(old, new)
     ]
     if differing:
       raise config_lib.ConfigError(
@@ -86,7 +62,7 @@ def check_start(workdir: pathlib.Path, fingerprint: str) -> None:
   if not path.exists():
     # By every process of the run, all of them with the same text.
     workdir.mkdir(parents=True, exist_ok=True)
-    _write_whole(path, fingerprint + "\n")
+    files.write_whole(path, fingerprint + "\n")
   elif path.read_text().strip() != fingerprint:
     raise config_lib.ConfigError(
       f"{workdir} was begun from another tokenizer than init_from has now, so "
@@ -104,11 +80,4 @@ def claim(workdir: pathlib.Path, config) -> None:
   """
   path = workdir / "config.json"
   workdir.mkdir(parents=True, exist_ok=True)
-  _write_whole(path, config_lib.to_json(config))
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes a file that others see whole, or not at all."""
-  temporary = path.with_suffix(f".{os.getpid()}")
-  temporary.write_text(text)
-  temporary.replace(path)
+  files.write_whole(path, config_lib.to_json(config))

@@ -1,5 +1,7 @@
 """What every stage does around its training: checks, data, loop, report."""
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
 import pathlib
 
@@ -7,13 +9,15 @@ import jax
 import numpy as np
 
 from unicode_jax import (
+  command,
   config as config_lib,
   data as data_lib,
+  files,
   loading,
   sharding,
 )
 from unicode_jax.stages import run_folder
-from unicode_jax.training import loop, report
+from unicode_jax.training import guard, loop, report
 
 
 def load_data(
@@ -42,8 +46,16 @@ def load_data(
   )
 
 
-def loop_config(config) -> loop.LoopConfig:
-  """Takes the loop's settings out of a config."""
+def loop_config(config, text_tokenizer=None) -> loop.LoopConfig:
+  """Takes the loop's settings out of a config.
+
+  Args:
+    config: Resolved ConfigDict.
+    text_tokenizer: The stage's, None where it has none.
+  """
+  record = {"config": config_lib.flatten(config)}
+  if text_tokenizer is not None:
+    record["text_tokenizer"] = text_tokenizer.digest
   return loop.LoopConfig(
     seed=config.seed,
     log_every=config.log_every,
@@ -51,22 +63,28 @@ def loop_config(config) -> loop.LoopConfig:
     picture_every=config.picture_every,
     checkpoint_every=config.checkpoint_every,
     keep_checkpoints=config.keep_checkpoints,
-    record={"config": config_lib.flatten(config)},
+    record=record,
+    recovery=guard.RecoveryConfig(**config.recovery),
+    began=command.BEGAN,
   )
 
 
-def prepare(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
+@contextlib.contextmanager
+def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
   """Checks devices and run folder, before anything expensive.
+
+  The folder is this run's alone while the block runs.
 
   Args:
     config: Validated ConfigDict.
     workdir: Run folder.
 
-  Returns:
+  Yields:
     The mesh over all devices.
 
   Raises:
-    ConfigError: If the devices or the folder do not fit the config.
+    ConfigError: If the devices or the folder do not fit the config, or another
+      process trains into it.
   """
   config_lib.check_devices(config, jax.device_count())
   run_folder.check(workdir, config)
@@ -78,7 +96,9 @@ def prepare(config, workdir: pathlib.Path) -> jax.sharding.Mesh:
       f"{jax.process_count()} processes): {sizes}",
       flush=True,
     )
-  return mesh
+  is_main = jax.process_index() == 0
+  with files.held(workdir) if is_main else contextlib.nullcontext():
+    yield mesh
 
 
 def train_and_report(
@@ -94,11 +114,12 @@ def train_and_report(
     curves: Groups of curves for the report.
   """
   is_main = jax.process_index() == 0
+  tokenizer = stage.data.text_tokenizer
   if is_main:
     run_folder.claim(workdir, config)
-    if stage.data.text_tokenizer is not None:
-      stage.data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
-  loop.train(stage, workdir, loop_config(config), mesh)
+    if tokenizer is not None:
+      tokenizer.save(workdir / loading.TEXT_TOKENIZER)
+  loop.train(stage, workdir, loop_config(config, tokenizer), mesh)
   if is_main:
     facts = {
       "stage": config.stage,

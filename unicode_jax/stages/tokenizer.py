@@ -197,6 +197,17 @@ class TokenizerStage:
       )
     }
 
+  def batch_names(self, stream: str, batch: int) -> list[str]:
+    """Names the images of a batch."""
+    del stream
+    return pipeline.image_batch_names(
+      self.data.image_sources,
+      self.data.image_weights,
+      global_batch_size=self.config.data.global_batch_size,
+      seed=self.config.seed,
+      batch=batch,
+    )
+
   def phase(self, step: int) -> loop.Phase:
     """Returns the only kind of step."""
     del step
@@ -296,8 +307,8 @@ def run(config, workdir: pathlib.Path) -> None:
     config: Validated ConfigDict with `stage="tokenizer"`.
     workdir: Run folder; a run that is there is resumed.
   """
-  mesh = runner.prepare(config, workdir)
-  data = runner.load_data(config, with_text=False)
-  valid = loading.valid_codes(config, None)
-  stage = TokenizerStage(config, data, loading.build_model(config), valid)
-  runner.train_and_report(stage, config, workdir, mesh, CURVES)
+  with runner.prepared(config, workdir) as mesh:
+    data = runner.load_data(config, with_text=False)
+    valid = loading.valid_codes(config, None)
+    stage = TokenizerStage(config, data, loading.build_model(config), valid)
+    runner.train_and_report(stage, config, workdir, mesh, CURVES)

@@ -2,19 +2,24 @@
 
 import collections
 from collections.abc import Callable, Mapping
+import contextlib
 import dataclasses
-import math
+import json
 import pathlib
 import time
 from typing import Any, Protocol
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
-from unicode_jax import config as config_lib, sharding
+from unicode_jax import config as config_lib, interruption, sharding
 from unicode_jax.training import (
   alarm as alarm_lib,
   checkpoint as checkpoint_lib,
+  goodput as goodput_lib,
+  guard as guard_lib,
+  heartbeat as heartbeat_lib,
   metrics as metrics_lib,
   pictures,
   state as state_lib,
@@ -22,6 +27,8 @@ from unicode_jax.training import (
 
 # For what runs once: its optimization costs more than it saves.
 _COMPILE_FAST = {"xla_backend_optimization_level": 0}
+# What went wrong and was dealt with, one JSON object a line.
+INCIDENTS = "incidents.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,8 @@ class LoopConfig:
     checkpoint_every: Between two checkpoints.
     keep_checkpoints: How many of the newest checkpoints stay.
     record: JSON-able facts that every checkpoint carries.
+    recovery: What to do about trouble.
+    began: `time.time()` at which this process began; None for the loop's own.
   """
 
   seed: int
@@ -45,13 +54,15 @@ class LoopConfig:
   checkpoint_every: int
   keep_checkpoints: int
   record: Mapping[str, Any]
+  recovery: guard_lib.RecoveryConfig
+  began: float | None = None
 
 
 Transition = Callable[[state_lib.TrainState], state_lib.TrainState]
 
 
 class DivergenceError(config_lib.RunError):
-  """Raised when a loss is not finite."""
+  """Raised when losses stay not finite."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,6 +115,14 @@ class Stage(Protocol):
       share: The part of every batch to read, and of how many.
     """
 
+  def batch_names(self, stream: str, batch: int) -> list[str]:
+    """Names the examples of a batch, of all processes.
+
+    Args:
+      stream: One of those of `make_iterators`.
+      batch: Its number, from 0.
+    """
+
   def phase(self, step: int) -> Phase:
     """Returns what to do at a step (0-based)."""
 
@@ -125,7 +144,7 @@ class Stage(Protocol):
   ) -> dict[str, float]:
     """Turns the sums of a log window into scalars to log.
 
-    `batch` is the latest image batch, None before the first.
+    `batch` is the window's latest image batch, None without one.
     """
 
   def growing_energy(self, metrics: Mapping[str, float]) -> str | None:
@@ -157,11 +176,11 @@ def jit_step(phase: Phase, shardings, mesh: jax.sharding.Mesh) -> Callable:
     mesh: Device mesh.
 
   Returns:
-    (state, batch, constants) -> (state, metrics); the state is donated, and the
-    metrics are whole on every device.
+    (state, batch, constants) -> (state, metrics), as of `guard.guarded`; the
+    state is donated, and the metrics are whole on every device.
   """
   return jax.jit(
-    phase.step,
+    guard_lib.guarded(phase.step),
     donate_argnums=0,
     out_shardings=(shardings, sharding.replicated(mesh)),
   )
@@ -201,7 +220,8 @@ class _Clock:
   A phase's first step in this process compiles; it is timed apart.
   """
 
-  def __init__(self):
+  def __init__(self, goodput: goodput_lib.Goodput):
+    self.goodput = goodput
     self.compile_seconds = 0.0
     self._seen: set[Phase] = set()
     self._phase: Phase | None = None
@@ -212,33 +232,48 @@ class _Clock:
     self._seconds = collections.Counter()
     self._steps = collections.Counter()
 
+  def read(self, iterator):
+    """Takes a batch; time that the device waits for it is told apart."""
+    before = self.goodput.spend("data")
+    start = time.monotonic()
+    batch = next(iterator)
+    self.goodput.spend(before)
+    if self._phase is not None and not _is_ready(self._pending):
+      self.goodput.move("data", before, time.monotonic() - start)
+    return batch
+
   def run(self, programs: _Programs, phase: Phase, state, batch):
     """Runs one step, and counts it."""
     if phase not in self._seen:
-      self.pause()
+      self.pause("compile")
       self._seen.add(phase)
       start = time.monotonic()
       result = jax.block_until_ready(programs.step(phase, state, batch))
       self.compile_seconds += time.monotonic() - start
       return result
     if phase != self._phase:
-      self.pause()
+      self.pause(goodput_lib.STEP)
       self._phase, self._start = phase, time.monotonic()
     state, step_metrics = programs.step(phase, state, batch)
     self._pending = step_metrics
     self._steps[phase] += 1
     return state, step_metrics
 
-  def pause(self) -> None:
-    """Waits for the device and closes the running interval."""
+  def pause(self, cause: str) -> None:
+    """Waits for the device and closes the running interval.
+
+    Args:
+      cause: What time is spent on from here.
+    """
     if self._phase is not None:
       jax.block_until_ready(self._pending)
       self._seconds[self._phase] += time.monotonic() - self._start
       self._phase = None
+    self.goodput.spend(cause)
 
   def flush(self) -> dict[str, float]:
     """Returns seconds per step and items per second, by phase."""
-    self.pause()
+    self.pause("evaluation")
     result = {"time/compile_seconds": self.compile_seconds}
     for phase, seconds in self._seconds.items():
       per_step = seconds / self._steps[phase]
@@ -250,6 +285,11 @@ class _Clock:
     return result
 
 
+def _is_ready(tree) -> bool:
+  """Says whether the device has computed something."""
+  return all(leaf.is_ready() for leaf in jax.tree.leaves(tree))
+
+
 def train(
   stage: Stage,
   workdir: pathlib.Path,
@@ -258,6 +298,8 @@ def train(
   until_step: int | None = None,
 ) -> state_lib.TrainState:
   """Trains a stage in a run folder, resuming from its newest checkpoint.
+
+  SIGTERM and Ctrl-C wait for the end of a step and its checkpoint.
 
   Args:
     stage: What to train.
@@ -272,143 +314,392 @@ def train(
 
   Raises:
     alarm_lib.CollapseError: If the collapse alarm is configured to stop.
-    DivergenceError: If a loss is not finite.
+    DivergenceError: If losses stay not finite.
+    interruption.Preempted: After SIGTERM, with a checkpoint.
+    KeyboardInterrupt: After Ctrl-C, with a checkpoint.
+    ConfigError: If there are checkpoints, but none is whole.
+    OSError: If a checkpoint cannot be written; older ones are whole.
   """
-  # Set, so that kernels that XLA cannot split know the devices too.
-  with jax.set_mesh(mesh):
-    return _train(stage, workdir, config, mesh, until_step)
-
-
-def _train(stage, workdir, config, mesh, until_step):
-  """As `train`, with the mesh set."""
   workdir.mkdir(parents=True, exist_ok=True)
-  checkpointer = checkpoint_lib.Checkpointer(
-    workdir / "checkpoints", config.keep_checkpoints
-  )
-  key = jax.random.key(config.seed)
-  start = stage.start(mesh)
-  shapes = jax.eval_shape(stage.init, key, start)
-  shardings = sharding.state_shardings(shapes, mesh)
-  latest = checkpointer.latest_step()
-  if latest is None:
-    state = jax.jit(
-      stage.init, out_shardings=shardings, compiler_options=_COMPILE_FAST
-    )(key, start)
-    step, record = 0, {"alarm_below_since": None, "train_seconds": 0.0}
-  else:
-    target = sharding.placed_shapes(shapes, shardings)
-    state, record = checkpointer.restore(latest, target)
-    step = latest
-  del start
-  # Each step takes one batch of its phase's stream.
-  iterators = stage.make_iterators(
-    collections.Counter(stage.phase(s).stream for s in range(step)),
-    sharding.batch_share(mesh),
-  )
-  stop_at = stage.total_steps
-  if until_step is not None:
-    stop_at = min(stop_at, until_step)
+  # JAX's own service answers SIGTERM where there are several processes.
+  signals = () if jax.process_count() > 1 else interruption.SIGNALS
+  with (
+    # Set, so that kernels that XLA cannot split know the devices too.
+    jax.set_mesh(mesh),
+    interruption.deferred(config.recovery.grace_seconds, signals) as request,
+    checkpoint_lib.Checkpointer(
+      workdir / "checkpoints", config.keep_checkpoints
+    ) as checkpointer,
+    contextlib.ExitStack() as files,
+  ):
+    run = _Run(stage, workdir, config, mesh, checkpointer, request)
+    files.callback(run.close)
+    run.begin()
+    stop_at = stage.total_steps
+    if until_step is not None:
+      stop_at = min(stop_at, until_step)
+    while True:
+      try:
+        return run.advance(stop_at)
+      except _Poisoned:
+        run.go_back()
 
-  is_main = jax.process_index() == 0
-  writer = metrics_lib.MetricWriter(workdir, latest) if is_main else None
-  progress = metrics_lib.Progress(stage.total_steps, step, silent=not is_main)
-  alarm = alarm_lib.CollapseAlarm(
-    stage.alarm_config, record["alarm_below_since"]
-  )
-  programs = _Programs(shardings, mesh)
-  window, clock = metrics_lib.Window(), _Clock()
-  image_batch = None
-  energy_warning = None
-  started = time.monotonic() - record["train_seconds"]
-  if latest is not None:
-    progress.say(f"resumed from step {step} in {workdir}")
 
-  def every(interval: int) -> bool:
-    return step % interval == 0 or step == stage.total_steps
+class _Poisoned(Exception):
+  """Raised within a run where it should go back."""
 
-  def write(values: Mapping[str, float]) -> None:
-    if writer is not None:
-      writer.write(step, values)
 
-  def save() -> None:
-    checkpointer.save(
-      step,
-      state,
-      dict(config.record)
-      | {
-        "alarm_below_since": alarm.below_since,
-        "train_seconds": time.monotonic() - started,
+class _Run:
+  """A run in one process: where it stands, and what it has open."""
+
+  def __init__(self, stage, workdir, config, mesh, checkpointer, request):
+    self.stage, self.workdir, self.config = stage, workdir, config
+    self.mesh, self.checkpointer, self.request = mesh, checkpointer, request
+    self.is_main = jax.process_index() == 0
+    # What the last process said, before this one says anything.
+    self.before = heartbeat_lib.last(workdir)
+    self.step, self.saved = 0, None
+    self.clock = _Clock(goodput_lib.Goodput(config.began))
+    self.heartbeat = heartbeat_lib.Heartbeat(
+      workdir,
+      lambda: {
+        "step": self.step,
+        "total_steps": stage.total_steps,
+        "seconds": self.goodput.seconds(),
       },
+      config.recovery.stall_seconds,
+      jax.process_index(),
+    )
+    self.progress = self.writer = None
+    self.state = None
+    self.rewinds, self.rewound_to = 0, None
+    self.energy_warning = None
+
+  @property
+  def goodput(self) -> goodput_lib.Goodput:
+    """Where the time goes."""
+    return self.clock.goodput
+
+  def begin(self) -> None:
+    """Restores the newest checkpoint, or draws the first state."""
+    stage = self.stage
+    key = jax.random.key(self.config.seed)
+    start = stage.start(self.mesh)
+    shapes = jax.eval_shape(stage.init, key, start)
+    self.shardings = sharding.state_shardings(shapes, self.mesh)
+    self.target = sharding.placed_shapes(shapes, self.shardings)
+    self.programs = _Programs(self.shardings, self.mesh)
+    found = self.checkpointer.restore(self.target)
+    self._account({} if found is None else found[2].get("seconds", {}))
+    if found is not None:
+      *position, damaged = found
+      then = position[2].get("text_tokenizer")
+      now = self.config.record.get("text_tokenizer")
+      if None not in (then, now) and then != now:
+        raise config_lib.ConfigError(
+          f"{self.workdir} was trained with another text tokenizer than the "
+          "data and text.tokenizer_path give now: its ids would mean something "
+          "else; bring that one back, or train into another --workdir"
+        )
+      self._stand_at(*position)
+      for step, problem in damaged.items():
+        self._incident("damaged", step=step, problem=problem)
+        self.progress.say(
+          f"WARNING: the checkpoint of step {step} is damaged ({problem}); it "
+          f"is in {self.workdir / checkpoint_lib.SET_ASIDE} now"
+        )
+      self.progress.say(f"resumed from step {self.step} in {self.workdir}")
+      return
+    self.state = jax.jit(
+      stage.init, out_shardings=self.shardings, compiler_options=_COMPILE_FAST
+    )(key, start)
+    self._stand_at(0, self.state, {})
+
+  def _account(self, spent: Mapping[str, float]) -> None:
+    """Adds what earlier processes spent and lost, and the time in between.
+
+    Args:
+      spent: Seconds by cause, up to the checkpoint.
+    """
+    carried = collections.Counter(spent)
+    if self.before is not None:
+      lost = sum(self.before["seconds"].values()) - sum(spent.values())
+      carried[goodput_lib.LOST] += max(0.0, lost)
+      began = time.time() - sum(self.goodput.seconds().values())
+      down = began - self.before["time"]
+      carried[goodput_lib.DOWN] += max(0.0, down)
+    self.goodput.add(carried)
+
+  def _stand_at(self, step: int, state, record) -> None:
+    """Takes a position: of a checkpoint, or the first."""
+    config, stage = self.config, self.stage
+    self.step, self.state = step, state
+    self.saved = step if record else None
+    self.left_out = collections.Counter(record.get("left_out", {}))
+    self.alarm = alarm_lib.CollapseAlarm(
+      stage.alarm_config, record.get("alarm_below_since")
+    )
+    self.guard = guard_lib.Guard(config.recovery, record.get("skipping_since"))
+    self.started = time.monotonic() - record.get("train_seconds", 0.0)
+    self.iterators = stage.make_iterators(
+      self._batches(step), sharding.batch_share(self.mesh)
+    )
+    self.window, self.image_batch = metrics_lib.Window(), None
+    self._close_files()
+    if self.is_main:
+      self.writer = metrics_lib.MetricWriter(self.workdir, self.saved)
+    self.progress = metrics_lib.Progress(
+      stage.total_steps, step, silent=not self.is_main
     )
 
-  def check(values: Mapping[str, float]) -> None:
-    bad = [n for n, v in values.items() if not math.isfinite(v)]
-    if any(name.endswith("loss") for name in bad):
-      raise DivergenceError(
-        f"{', '.join(bad)} not finite at step {step}: start again in another "
-        "--workdir with a lower optimizer.*.learning_rate; the newest "
-        f"checkpoint here is step {checkpointer.latest_step()}"
-      )
+  def _batches(self, step: int) -> collections.Counter:
+    """Says how many batches of each stream were read before a step."""
+    streams = (self.stage.phase(s).stream for s in range(step))
+    return collections.Counter(streams) + self.left_out
 
-  def sound(values: Mapping[str, float]) -> None:
-    nonlocal energy_warning
-    growth = stage.growing_energy(values)
-    if growth is not None and growth != energy_warning:
-      progress.say(f"WARNING at step {step}: {growth}")
-    energy_warning = growth
-    text = alarm.update(step, values, stage.likely_cause(values))
+  def close(self) -> None:
+    """Closes what is open, but for the checkpoints."""
+    self._close_files()
+    self.heartbeat.close()
+
+  def _close_files(self) -> None:
+    if self.progress is not None:
+      self.progress.end()
+    if self.writer is not None:
+      self.writer.close()
+
+  def advance(self, stop_at: int) -> state_lib.TrainState:
+    """Trains up to a step, and returns the state.
+
+    Raises:
+      _Poisoned: Where the run should go back.
+    """
+    try:
+      self._look(again=self.saved is not None)
+      while self.step < stop_at:
+        self._train_step()
+        last = self.step == stop_at
+        saves = self._every(self.config.checkpoint_every) or last
+        if self._every(self.config.log_every) or saves:
+          self._log()
+        if saves:
+          self._save()
+        self._look()
+        self._leave_if_asked()
+    except (interruption.Preempted, KeyboardInterrupt):
+      if self.request.number is not None:  # Else the state may be torn.
+        self._log()
+        self._save()
+        self.checkpointer.wait()
+      raise
+    return self.state
+
+  def _leave_if_asked(self) -> None:
+    if self.checkpointer.reached_preemption(self.step):
+      self.request.make(interruption.SIGTERM)
+    if self.request.number is not None:
+      self.request.raise_it()
+
+  def _every(self, interval: int) -> bool:
+    return self.step % interval == 0 or self.step == self.stage.total_steps
+
+  def _train_step(self) -> None:
+    phase = self.stage.phase(self.step)
+    batch = self.clock.read(self.iterators[phase.stream])
+    batch = sharding.put_batch(batch, self.mesh)
+    if "image" in batch:
+      self.image_batch = batch
+    self.state, step_metrics = self.clock.run(
+      self.programs, phase, self.state, batch
+    )
+    self.step += 1
+    self.window.add(self.step, step_metrics)
+    transition = self.stage.transition(self.step)
+    if transition is not None:
+      self.state = self.programs.move(transition, self.state)
+    self.heartbeat.beat()
+
+  def _look(self, again: bool = False) -> None:
+    """Evaluates and draws where it is time to.
+
+    Args:
+      again: After a restart, which may have been killed here: whether to do
+        only what is not there yet.
+    """
+    final = self.step == self.stage.total_steps
+    evaluates = self._every(self.config.eval_every)
+    draws = self._every(self.config.picture_every) and self.step > 0
+    if again:
+      evaluates = evaluates and not self._is_evaluated()
+    elif self.step == 0:
+      evaluates = True
+    if not evaluates and not draws:
+      return
+    self.clock.pause("evaluation")
+    with self.request.at_once():
+      if evaluates:
+        self._write(self.stage.evaluate(self.state, final=final))
+      for name, sheet in (
+        self.stage.pictures(self.state).items() if draws else ()
+      ):
+        if self.is_main:
+          pictures.save_grid(
+            self.workdir / "pictures" / f"{name}_{self.step:06d}.png", *sheet
+          )
+    self.heartbeat.beat()
+
+  def _is_evaluated(self) -> bool:
+    """Says whether the log has held-out numbers of this step already."""
+    rows = metrics_lib.read_jsonl(self.workdir / metrics_lib.NAME)
+    found = any(
+      row["step"] == self.step and any(n.startswith("eval/") for n in row)
+      for row in rows
+    )
+    if jax.process_count() > 1:  # Lest they disagree.
+      found = multihost_utils.broadcast_one_to_all(np.int32(found))
+    return bool(found)
+
+  def _log(self) -> None:
+    """Writes what the steps since the last line did.
+
+    Raises:
+      _Poisoned: Where the run should go back.
+      alarm_lib.CollapseError: If the alarm is configured to stop.
+    """
+    if not self.window:
+      return
+    timing = self.clock.flush()
+    window = self.window.flush()
+    skipped = self.guard.skipped(window.steps, window.skipped)
+    for step in skipped:
+      self._note_skipped(step, timing)
+    for spike in self.guard.spikes(window.norms):
+      self._incident("spike", **dataclasses.asdict(spike))
+      self.progress.say(
+        f"WARNING at step {spike.step}: {spike.name} {spike.norm:.3g}, where "
+        f"{spike.median:.3g} is usual"
+      )
+    timing["time/train_seconds"] = time.monotonic() - self.started
+    values = self.stage.summarize(self.state, window.means, self.image_batch)
+    self.image_batch = None
+    values["skipped_steps"] = len(skipped)
+    for name, norms in window.norms.items():
+      values[f"{name}_max"] = max(norm for _, norm in norms)
+    self._write(values | timing | self.goodput.metrics())
+    self.progress.show(self.step, self.stage.headline(values))
+    if self.guard.is_poisoned(self.step):
+      raise _Poisoned
+    if "usage/depth1" in values:
+      self._sound(values)
+
+  def _note_skipped(self, step: int, timing: Mapping[str, float]) -> None:
+    """Writes down what a skipped step had read."""
+    phase = self.stage.phase(step - 1)
+    batch = self._batches(step - 1)[phase.stream]
+    self.goodput.move(
+      goodput_lib.STEP,
+      "skipped",
+      timing.get(f"time/{phase.name}_step_seconds", 0.0),
+    )
+    self._incident(
+      "skipped",
+      step=step,
+      stream=phase.stream,
+      batch=batch,
+      examples=self.stage.batch_names(phase.stream, batch),
+    )
+    self.progress.say(
+      f"WARNING: step {step} skipped, its loss or gradient is not finite; "
+      f"{self.workdir / INCIDENTS} names what it read"
+    )
+
+  def _incident(self, kind: str, **facts) -> None:
+    """Adds a line to the run's incidents."""
+    if self.is_main:
+      line = json.dumps({"kind": kind, "time": time.time()} | facts)
+      with (self.workdir / INCIDENTS).open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+  def _write(self, values: Mapping[str, float]) -> None:
+    if self.writer is not None:
+      self.writer.write(self.step, values)
+
+  def _sound(self, values: Mapping[str, float]) -> None:
+    """Raises the alarm where the codebook is no longer used."""
+    growth = self.stage.growing_energy(values)
+    if growth is not None and growth != self.energy_warning:
+      self.progress.say(f"WARNING at step {self.step}: {growth}")
+    self.energy_warning = growth
+    cause = self.stage.likely_cause(values)
+    text = self.alarm.update(self.step, values, cause)
     if text is None:
       return
-    progress.say(text)
-    if is_main:
-      with (workdir / "ALARM.txt").open("a") as file:
+    self.progress.say(text)
+    if self.is_main:
+      with (self.workdir / "ALARM.txt").open("a") as file:
         file.write(text + "\n")
-    if alarm.config.stop:
-      save()
+    if self.alarm.config.stop:
+      self._save()
       raise alarm_lib.CollapseError(
         text + " The run stopped, with a checkpoint; "
         "--config.alarm.stop=False goes on."
       )
 
-  try:
-    if latest is None:
-      write(stage.evaluate(state, final=False))
-    while step < stop_at:
-      phase = stage.phase(step)
-      batch = sharding.put_batch(next(iterators[phase.stream]), mesh)
-      if "image" in batch:
-        image_batch = batch
-      state, step_metrics = clock.run(programs, phase, state, batch)
-      window.add(step_metrics)
-      step += 1
-      transition = stage.transition(step)
-      if transition is not None:
-        state = programs.move(transition, state)
-      checkpoint_due = every(config.checkpoint_every) or step == stop_at
-      if every(config.log_every) or checkpoint_due:
-        timing = clock.flush()
-        timing["time/train_seconds"] = time.monotonic() - started
-        values = stage.summarize(state, window.flush(), image_batch)
-        check(values)
-        write(values | timing)
-        progress.show(step, stage.headline(values))
-        if "usage/depth1" in values:
-          sound(values)
-      if every(config.eval_every):
-        clock.pause()
-        write(stage.evaluate(state, final=step == stage.total_steps))
-      if every(config.picture_every):
-        clock.pause()
-        for name, (columns, titles) in stage.pictures(state).items():
-          if is_main:
-            pictures.save_grid(
-              workdir / "pictures" / f"{name}_{step:06d}.png", columns, titles
-            )
-      if checkpoint_due:
-        save()
-  finally:
-    progress.end()
-    if writer is not None:
-      writer.close()
-    checkpointer.close()
-  return state
+  def _save(self) -> None:
+    """Begins to write a checkpoint, unless it is there."""
+    if self.saved == self.step:
+      return
+    self.clock.pause("checkpoint")
+    record = {
+      "alarm_below_since": self.alarm.below_since,
+      "skipping_since": self.guard.skipping_since,
+      "left_out": dict(self.left_out),
+      "train_seconds": time.monotonic() - self.started,
+      "seconds": self.goodput.seconds(),
+    }
+    self.checkpointer.save(
+      self.step, self.state, dict(self.config.record) | record
+    )
+    self.saved = self.step
+    self.goodput.spend("evaluation")
+
+  def go_back(self) -> None:
+    """Goes back before the steps that were skipped, and past their batches.
+
+    Where that has led to the same end before, it goes back further.
+
+    Raises:
+      DivergenceError: If there is nowhere to go, or it was tried often enough.
+    """
+    self.checkpointer.wait()
+    since = self.guard.skipping_since
+    steps = [step for step in self.checkpointer.steps() if step < since]
+    if steps and steps[0] == self.rewound_to:
+      steps = steps[1:]
+    limit = self.config.recovery.rewind_limit
+    if not steps or self.rewinds >= limit:
+      raise DivergenceError(
+        f"loss or gradient not finite at every step since {since}, and "
+        + (
+          f"after going back {self.rewinds} times"
+          if steps
+          else "no checkpoint before it to go back to"
+        )
+        + ": start again in another --workdir with a lower "
+        "optimizer.*.learning_rate; the newest checkpoint here is step "
+        f"{self.saved}"
+      )
+    failed_at, read = self.step, self._batches(self.step)
+    self.state = None
+    step, state, record, _ = self.checkpointer.restore(self.target, steps[0])
+    self.left_out.clear()
+    record["left_out"] = read - self._batches(step)
+    record["skipping_since"] = None
+    self.goodput.go_back(record.get("seconds", {}))
+    self._stand_at(step, state, record)
+    self.rewinds, self.rewound_to = self.rewinds + 1, step
+    self._incident("rewound", step=failed_at, to=step, since=since)
+    self.progress.say(
+      f"WARNING: steps {since} to {failed_at} were skipped: the run goes on "
+      f"from step {step}, with the data that comes after them"
+    )

@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard and the terminal."""
 
+import collections
 from collections.abc import Mapping
 import json
 import math
@@ -7,51 +8,93 @@ import os
 import pathlib
 import sys
 import time
+from typing import NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
+
+from unicode_jax import files
+from unicode_jax.training import guard
+
+NAME = "metrics.jsonl"
+
+
+class Flushed(NamedTuple):
+  """What a window held.
+
+  Attributes:
+    means: Means of scalars and sums of arrays, by metric, over the steps that
+      were not skipped.
+    steps: Numbers of its steps.
+    skipped: 0 or 1 for each of them.
+    norms: (step, norm) of the steps that were not skipped, by gradient norm.
+  """
+
+  means: dict[str, np.ndarray]
+  steps: list[int]
+  skipped: list[float]
+  norms: dict[str, list[tuple[int, float]]]
 
 
 class Window:
   """Accumulates step metrics on the device between two log lines.
 
   Scalars are averaged over the steps that reported them; arrays (histograms of
-  codes) are summed.
+  codes) are summed. Steps that the guard skipped (`guard.SKIPPED`) count for
+  neither.
   """
 
   def __init__(self):
     """Starts empty."""
-    self._scalars: dict[str, list[jax.Array]] = {}
+    self._steps: list[tuple[int, dict[str, jax.Array]]] = []
     self._sums: dict[str, jax.Array] = {}
 
-  def add(self, metrics: Mapping[str, jax.Array]) -> None:
-    """Adds one step's metrics without waiting for the device."""
-    for name, value in metrics.items():
-      if value.ndim == 0:
-        self._scalars.setdefault(name, []).append(value)
-      elif name in self._sums:
-        self._sums[name] = self._sums[name] + value
-      else:
-        self._sums[name] = value
+  def __len__(self) -> int:
+    return len(self._steps)
 
-  def flush(self) -> dict[str, np.ndarray]:
-    """Returns means (scalars) and sums (arrays), and empties the window."""
-    scalars, sums = jax.device_get((self._scalars, self._sums))
+  def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Adds one step's metrics without waiting for the device."""
+    self._steps.append((step, {n: v for n, v in metrics.items() if not v.ndim}))
+    for name, value in metrics.items():
+      if value.ndim:
+        before = self._sums.get(name)
+        self._sums[name] = value if before is None else before + value
+
+  def flush(self) -> Flushed:
+    """Returns what it holds, and empties it."""
+    steps, sums = jax.device_get((self._steps, self._sums))
     self.__init__()
-    return {
-      name: np.mean(v, dtype=np.float64) for name, v in scalars.items()
-    } | sums
+    skipped = [float(m.pop(guard.SKIPPED, 0.0)) for _, m in steps]
+    means, norms = collections.defaultdict(list), {}
+    for (step, metrics), bad in zip(steps, skipped, strict=True):
+      for name, value in metrics.items() if not bad else ():
+        means[name].append(value)
+        if name.endswith("gradient_norm"):
+          norms.setdefault(name, []).append((int(step), float(value)))
+    return Flushed(
+      {name: np.mean(v, dtype=np.float64) for name, v in means.items()}
+      | {name: value for name, value in sums.items() if value.any()},
+      [int(step) for step, _ in steps],
+      skipped,
+      norms,
+    )
 
 
 def read_jsonl(path: pathlib.Path) -> list[dict[str, float]]:
-  """Reads metrics.jsonl; a half-written last line is left out."""
+  """Reads metrics.jsonl; a line that is damaged is left out."""
   rows = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
       try:
-        rows.append(json.loads(line))
+        row = json.loads(line)
       except json.JSONDecodeError:
-        break
+        row = None
+      if isinstance(row, dict) and isinstance(row.get("step"), int):
+        rows.append(row)
+      elif number < len(lines):  # The last may be half written.
+        logging.warning("%s: line %d is damaged, and left out", path, number)
   return rows
 
 
@@ -68,27 +111,33 @@ class MetricWriter:
     """
     from tensorboardX import SummaryWriter  # pylint: disable=g-import-not-at-top
 
-    path = workdir / "metrics.jsonl"
+    path = workdir / NAME
     kept = -1 if resume_step is None else resume_step
     rows = [row for row in read_jsonl(path) if row["step"] <= kept]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(path)
-    self._file = path.open("a")
+    files.write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
+    self._path, self._file = path, path.open("a")
     self._events = SummaryWriter(
       str(workdir / "tensorboard"), purge_step=kept + 1
     )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes one line; a value that is not finite becomes null."""
+    """Writes one line; a value that is not finite becomes null.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
     row = {"step": step}
     for name, value in metrics.items():
       value = float(value)
       row[name] = value if math.isfinite(value) else None
-      self._events.add_scalar(name, value, step)
-    self._file.write(json.dumps(row) + "\n")
-    self._file.flush()
-    os.fsync(self._file.fileno())  # A mounted bucket keeps it only then.
+      if math.isfinite(value):
+        self._events.add_scalar(name, value, step)
+    try:
+      self._file.write(json.dumps(row) + "\n")
+      self._file.flush()
+      os.fsync(self._file.fileno())  # A mounted bucket keeps it only then.
+    except OSError as error:  # It does not say where.
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
 
   def close(self) -> None:
     """Closes both files."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import pathlib
 
+from unicode_jax import files
 from unicode_jax.training import metrics as metrics_lib
 
 
@@ -95,7 +96,7 @@ def write_report(
   for name, path in plot_curves(rows, groups, workdir / "curves"):
     lines += [f"![{name}](curves/{path.name})", ""]
   report = workdir / "report.md"
-  report.write_text("\n".join(lines))
+  files.write_whole(report, "\n".join(lines))
   return report
 
 

@@ -1,0 +1,158 @@
+"""How a process is asked to end: SIGTERM of a preemption, Ctrl-C.
+
+Cloud machines that are taken away, and schedulers, send SIGTERM and some time
+later SIGKILL. `raise_preempted` ends a command like Ctrl-C does; what must not
+be torn in two runs within `deferred`, and ends when it is ready to.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start again.
+PREEMPTED_STATUS = 75
+CTRL_C_STATUS = 130
+_STATUSES = {
+  signal.SIGTERM: PREEMPTED_STATUS,
+  signal.SIGINT: CTRL_C_STATUS,
+}
+SIGNALS = tuple(_STATUSES)
+SIGTERM = signal.SIGTERM
+
+
+class Preempted(BaseException):
+  """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
+
+
+def raise_preempted(number=None, frame=None) -> None:
+  """Handles SIGTERM, as `signal.default_int_handler` does SIGINT."""
+  del number, frame
+  raise Preempted
+
+
+class Request:
+  """What `deferred` yields: whether the process is to end, and why."""
+
+  def __init__(self, seconds: float, waker: socket.socket):
+    """Starts with no request; see `deferred`.
+
+    Args:
+      seconds: Time to end.
+      waker: What is sent there, the thread of `count_down` receives.
+    """
+    self.number: int | None = None
+    self._seconds, self._waker = seconds, waker
+    self._at_once = False
+    self._ended = threading.Event()
+
+  def make(self, number: int) -> None:
+    """Asks the process to end, for a signal's reason.
+
+    Args:
+      number: SIGTERM or SIGINT.
+    """
+    if self.number is None:
+      self.number = number
+      self._waker.send(bytes([number]))
+
+  def raise_it(self) -> None:
+    """Raises `Preempted` or KeyboardInterrupt."""
+    if self.number == signal.SIGINT:
+      raise KeyboardInterrupt
+    raise Preempted
+
+  @contextlib.contextmanager
+  def at_once(self) -> Iterator[None]:
+    """Lets a request end the block where it is, by an exception."""
+    self._at_once = True
+    try:
+      if self.number is not None:
+        self.raise_it()
+      yield
+    finally:
+      self._at_once = False
+
+  def handle(self, number, frame) -> None:
+    """Handles a signal; a second one ends the process."""
+    del frame
+    if self.number is not None:
+      os._exit(_STATUSES[self.number])
+    self.make(number)
+    if self._at_once:
+      self.raise_it()
+
+  def count_down(self, wakened: socket.socket) -> None:
+    """Ends the process if it has not ended in time; a thread's work.
+
+    Args:
+      wakened: Receives the number of a signal the moment that it comes, even
+        while a compiler runs and no Python does; is closed at the end.
+    """
+    number = 0
+    while number not in _STATUSES:
+      received = wakened.recv(1)
+      if not received:
+        return
+      number = received[0]
+    name = signal.Signals(number).name
+    print(
+      f"{name}: saving a checkpoint, in {self._seconds:g} s at the most",
+      file=sys.stderr,
+      flush=True,
+    )
+    if not self._ended.wait(self._seconds):
+      print(
+        f"stopped by {name}: there was no time for a checkpoint within "
+        f"config.recovery.grace_seconds={self._seconds:g}; the same command "
+        "goes on from the newest one",
+        file=sys.stderr,
+        flush=True,
+      )
+      os._exit(_STATUSES[number])
+
+  def close(self) -> None:
+    """Says that the process is ending."""
+    self._ended.set()
+
+
+@contextlib.contextmanager
+def deferred(
+  seconds: float, numbers: tuple[int, ...] = SIGNALS
+) -> Iterator[Request]:
+  """Lets signals wait until the block looks at its `Request`.
+
+  Args:
+    seconds: Time that it may take to end; then the process ends as it is.
+    numbers: Signals that wait. Outside of the main thread, where Python knows
+      no signals, none does.
+
+  Yields:
+    The request.
+  """
+  reader, writer = socket.socketpair()
+  writer.setblocking(False)
+  request = Request(seconds, writer)
+  if threading.current_thread() is not threading.main_thread():
+    numbers = ()
+  thread = threading.Thread(
+    target=request.count_down, args=(reader,), daemon=True
+  )
+  handlers = {n: signal.signal(n, request.handle) for n in numbers}
+  if numbers:
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  thread.start()
+  try:
+    yield request
+  finally:
+    request.close()
+    for number, handler in handlers.items():
+      signal.signal(number, handler)
+    if numbers:
+      signal.set_wakeup_fd(before)
+    writer.close()
+    thread.join()
+    reader.close()
