@@ -59,7 +59,7 @@ PROVOKED = {
       "codebook.code_dim": 32,
       "codebook.l2_normalize": False,
     },
-    "in 32 dimensions without l2 normalisation",
+    "codebook.l2_normalize=True",
   ),
   "a codebook that never follows the table": (
     {
