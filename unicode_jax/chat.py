@@ -133,7 +133,7 @@ class Chat:
     from unicode_jax import inference  # pylint: disable=g-import-not-at-top
 
     self._model = model
-    self._out_dir = pathlib.Path(out_dir).expanduser()
+    self._out_dir = pathlib.Path(os.path.expanduser(out_dir))
     self._answering = answering or inference.ANSWER_SAMPLING
     self._drawing = drawing or inference.DRAW_SAMPLING
     self._seed = seed
@@ -303,7 +303,7 @@ def converse(
 
 def _checked_image(file: str) -> pathlib.Path:
   """Returns the path of a file; raises ConfigError if there is none."""
-  path = pathlib.Path(file).expanduser()
+  path = pathlib.Path(os.path.expanduser(file))
   if not path.is_file():
     raise config_lib.ConfigError(
       f"there is no image {file!r}: name a file that Pillow can open"
@@ -329,12 +329,14 @@ def main() -> None:
       f"--seed={values.seed}: use a number from 0 to {_MAX_SEED}"
     )
   image = _checked_image(values.image) if values.image is not None else None
-  out_dir = pathlib.Path(values.out_dir).expanduser()
+  out_dir = pathlib.Path(os.path.expanduser(values.out_dir))
   if not out_dir.is_dir() or not os.access(out_dir, os.W_OK | os.X_OK):
     raise config_lib.ConfigError(
       f"--out_dir={values.out_dir} is no folder that can be written to: make "
       "it, or name another"
     )
+  config_lib.check_sampling(values.flag_values_dict())
+  config_lib.read_run(values.workdir)
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax import inference  # pylint: disable=g-import-not-at-top
 
@@ -393,7 +395,9 @@ def run() -> None:
     "prompt", None, "What to say; without it the input is a conversation."
   )
   flags.DEFINE_string("out_dir", ".", "Folder for drawing_1.png, ...")
-  flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+  flags.DEFINE_integer(
+    "step", None, "Checkpoint; by default the newest.", lower_bound=0
+  )
   flags.DEFINE_integer("seed", 0, "Seed of what is drawn at random.")
   flags.DEFINE_float(
     "temperature", 0.0, "Of answers: divides the logits; 0 is greedy."

@@ -18,6 +18,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 from absl import flags
 
@@ -79,10 +80,10 @@ def get_devices(topology: str) -> Sequence:
   kind, _, shape = topology.partition(":")
   os.environ["JAX_PLATFORMS"] = "cpu"
   if kind == "cpu":
-    if not shape.isdigit() or not int(shape):
+    if not re.fullmatch("[1-9][0-9]{0,3}", shape):
       raise config_lib.ConfigError(
-        f"--topology={topology} has no number of processors: use one such as "
-        "cpu:8"
+        f"--topology={topology} has no number of processors up to 9999: use "
+        "one such as cpu:8"
       )
     flag = f"--xla_force_host_platform_device_count={shape}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
@@ -123,6 +124,16 @@ def main(overrides: Mapping[str, str]) -> None:
     RunError: If a program does not fit.
   """
   values = flags.FLAGS
+  reports_file = pathlib.Path(os.path.expanduser(values.json or "reports"))
+  if reports_file.is_dir() or not reports_file.absolute().parent.is_dir():
+    raise config_lib.ConfigError(
+      f"--json={values.json} cannot be written: name a file in a folder that "
+      "is there"
+    )
+  if values.cache and os.path.isfile(values.cache):
+    raise config_lib.ConfigError(
+      f"--cache={values.cache} is a file: name a folder"
+    )
   configs = load_configs(values.config, overrides)
   devices = get_devices(values.topology)
   print(f"{values.topology}: {len(devices)} x {devices[0].device_kind}")
@@ -150,7 +161,7 @@ def main(overrides: Mapping[str, str]) -> None:
       reports.append(report)
   if values.json:
     text = json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
-    pathlib.Path(values.json).write_text(text + "\n", encoding="utf-8")
+    reports_file.write_text(text + "\n", encoding="utf-8")
   if not all(report.fits for report in reports):
     raise config_lib.RunError("not all programs fit")
 

@@ -93,7 +93,7 @@ def open_image(file: str | os.PathLike[str], image_size: int) -> np.ndarray:
     ConfigError: if there is no such file, or it is no image.
   """
   try:
-    with Image.open(file) as opened:
+    with Image.open(file, formats=sources.IMAGE_FORMATS) as opened:
       size = opened.size
     image = sources.decode_image(file, image_size)
   except (
@@ -149,7 +149,7 @@ def load(
   Raises:
     ConfigError: as `loading.load`, or if the run cannot draw.
   """
-  path = pathlib.Path(workdir).expanduser() / "config.json"
+  path = pathlib.Path(os.path.expanduser(workdir)) / "config.json"
   if draws and path.is_file():
     _check_draws(config_lib.from_json(path), workdir)
   return UniCodeModel(loading.load(workdir, step))
