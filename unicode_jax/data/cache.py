@@ -51,7 +51,7 @@ class CachedImages(NamedTuple):
 def default_cache_dir() -> Path:
   """Returns $UNICODE_JAX_CACHE, or ~/.cache/unicode_jax where that is unset."""
   configured = os.environ.get("UNICODE_JAX_CACHE")
-  return Path(configured or "~/.cache/unicode_jax").expanduser()
+  return Path(os.path.expanduser(configured or "~/.cache/unicode_jax"))
 
 
 def cached_images(
@@ -82,7 +82,9 @@ def cached_images(
   Raises:
     ConfigError: more than `max_broken` images are broken, or none is readable.
   """
-  root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+  root = default_cache_dir()
+  if cache_dir:
+    root = Path(os.path.expanduser(cache_dir))
   key = json.dumps([_FORMAT, source, version, image_size, list(contents)])
   digest = hashlib.sha256(key.encode()).hexdigest()[:16]
   folder = root / f"{source}-{image_size}-{digest}"
@@ -120,7 +122,7 @@ def _write(
       ignore_cleanup_errors=True,
     )
   except OSError as error:
-    raise OSError(
+    raise config_lib.ConfigError(
       f"cannot write the image cache in {folder.parent} ({error}); set "
       "config.data.cache_dir or $UNICODE_JAX_CACHE to a writable folder"
     ) from error

@@ -5,6 +5,7 @@ Names are relative paths, so the same images are held out of either.
 
 from collections.abc import Iterator
 import dataclasses
+import os
 from pathlib import Path
 
 from unicode_jax import config as config_lib
@@ -59,7 +60,7 @@ def folder_inputs(
   Raises:
     ConfigError: no such folder, no image in it, or a bad captions file.
   """
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if not folder.is_dir():
     raise config_lib.ConfigError(
       f"--path={path!r} is not a folder: give one with images"
@@ -74,7 +75,7 @@ def folder_inputs(
   names = [name for name, *_ in files]
   said = read_captions(captions, set(names))
   if captions is not None:
-    files += stamped([("captions", Path(captions).expanduser())])
+    files += stamped([("captions", Path(os.path.expanduser(captions)))])
   pieces = [
     FolderPiece(
       f"images {start} to {min(start + images_per_piece, len(names)) - 1}",

@@ -7,7 +7,6 @@ stores as a number gets its name from the file's metadata.
 from collections.abc import Iterator
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class ParquetPiece:
         label = classes[label]
       captions = read_captions(value(self.columns.caption))
       return Sample(name, image, captions, read_label(label))
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, TypeError) as error:
       return Broken(name, str(error))
 
 
@@ -201,7 +200,7 @@ def _find_columns(
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
   """Returns the names of the classes that Hugging Face keeps, if it does."""
   try:
-    info = json.loads((schema.metadata or {})[b"huggingface"])
+    info = config_lib.parse_json((schema.metadata or {})[b"huggingface"])
     names = info["info"]["features"][label]["names"]
   except (KeyError, TypeError, ValueError):
     return None

@@ -7,6 +7,7 @@ never holds a path outside of the data set, so it is the same on every machine.
 
 from collections.abc import Iterator, Sequence
 import glob
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -98,7 +99,7 @@ def find_files(path: str, suffix: str) -> list[tuple[str, Path]]:
   Raises:
     ConfigError: there are none.
   """
-  given = Path(path).expanduser()
+  given = Path(os.path.expanduser(path))
   if given.is_file():
     return [(given.name, given)]
   if given.is_dir():

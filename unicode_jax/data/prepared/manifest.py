@@ -77,7 +77,40 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
       f"{path} is of format {found.get('format')}, and this version reads "
       f"{_FORMAT}: {_ANEW}"
     )
+  try:
+    _check(found)
+  except (TypeError, KeyError, ValueError) as error:
+    raise config_lib.ConfigError(
+      f"{path} is damaged ({error!r:.99}): {_ANEW}"
+    ) from None
+  for shard in shards(found):
+    shard_files.inside(folder, shard["file"], str(path))
   return found
+
+
+def _check(found: dict[str, Any]) -> None:
+  """Raises an exception unless a manifest has the form that is written."""
+  for key, kind in (
+    *(("path", str), ("options", dict), ("inputs", dict)),
+    *(("records", int), ("broken", int), ("pieces", list)),
+  ):
+    if not isinstance(found[key], kind):
+      raise TypeError(key)
+  for key in ("files", "bytes", "sha256"):
+    _ = found["inputs"][key]
+  for piece in found["pieces"]:
+    if piece is None:
+      continue
+    for name, reason in piece["broken"]:
+      if not isinstance(name, str) or not isinstance(reason, str):
+        raise TypeError("broken")
+    for shard in piece["shards"]:
+      for key, kind in (
+        *(("file", str), ("records", int), ("bytes", int)),
+        *(("sha256", str), ("index_sha256", str)),
+      ):
+        if not isinstance(shard[key], kind):
+          raise TypeError(key)
 
 
 def check_same(
@@ -169,7 +202,12 @@ def open_prepared(
       raise config_lib.ConfigError(f"{problem}: remove it and {REMEDY}")
     path = folder / shard["file"]
     index = index_path(path)
-    lines = index.read_text(encoding="utf-8").splitlines()
+    lines = shard_files.read_text(index, _ANEW).splitlines()
+    if len(lines) != shard["records"]:
+      raise config_lib.ConfigError(
+        f"{index} has {len(lines)} lines for {shard['records']} records: "
+        f"{_ANEW}"
+      )
     headers += [
       record.read_header(line, f"{index}, line {i}")
       for i, line in enumerate(lines, 1)

@@ -22,7 +22,11 @@ from unicode_jax.data.sources.folder import (
   caption_conversations,
   load_folder,
 )
-from unicode_jax.data.sources.images import IMAGE_SUFFIXES, decode_image
+from unicode_jax.data.sources.images import (
+  IMAGE_FORMATS,
+  IMAGE_SUFFIXES,
+  decode_image,
+)
 from unicode_jax.data.sources.llava import load_llava
 from unicode_jax.data.sources.source import (
   MAX_HELDOUT,
@@ -38,6 +42,7 @@ from unicode_jax.data.sources.tfds import load_tfds
 
 __all__ = [
   "CAPTION_QUESTION",
+  "IMAGE_FORMATS",
   "IMAGE_SUFFIXES",
   "MAX_HELDOUT",
   "Annotation",

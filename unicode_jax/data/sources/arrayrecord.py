@@ -189,7 +189,7 @@ def _allow_open_files(count: int) -> None:
 
 def _folders(path: str | os.PathLike[str]) -> list[Path]:
   """Returns the folders that a path or a pattern names."""
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if folder.is_dir():
     return [folder]
   folders = sorted(

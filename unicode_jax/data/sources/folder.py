@@ -5,7 +5,6 @@ captions file is small and written by hand, so its first mistake is an error.
 """
 
 from collections.abc import Collection
-import json
 import logging
 import os
 from pathlib import Path
@@ -88,7 +87,7 @@ def load_folder(
 
 def image_folder(path: str | os.PathLike[str]) -> Path:
   """Returns `config.data.path` as a path; a ConfigError unless it is there."""
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if not folder.is_dir():
     raise config_lib.ConfigError(
       f"config.data.path={str(path)!r} is not a folder: give one with images"
@@ -113,7 +112,7 @@ def read_captions(
   """
   if captions is None:
     return {}
-  file = Path(captions).expanduser()
+  file = Path(os.path.expanduser(captions))
   if not file.is_file():
     raise config_lib.ConfigError(
       f"config.data.captions={str(captions)!r} is not a file"
@@ -124,7 +123,7 @@ def read_captions(
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = config_lib.parse_json(line)
       image, text = record["image"], record["text"]
       if not (isinstance(image, str) and isinstance(text, str)):
         raise TypeError

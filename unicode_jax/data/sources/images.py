@@ -4,6 +4,7 @@ Decoding decides the pixels of every source of data (METHOD section 2 reads
 them); `cache` keeps what it returns. Nothing here knows of splits or texts.
 """
 
+import importlib.util
 import io
 import os
 from pathlib import Path
@@ -19,9 +20,11 @@ IMAGE_SUFFIXES = (
   *(".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm"),
   *(".tga", ".tif", ".tiff", ".webp"),
 )
-# Pillow's names of their formats.
-_FORMATS = (
-  *("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP"),
+# Pillow's names of their formats. No others are read, whatever a file is named:
+# Pillow would hand some to programs of their own.
+IMAGE_FORMATS = (
+  *("BMP", "GIF", "JPEG", "PNG", "PPM", "TGA", "TIFF", "WEBP"),
+  *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),
 )
 
 
@@ -45,7 +48,7 @@ def decode_image(
     OSError, ValueError, SyntaxError: Pillow cannot read it.
   """
   try:
-    with Image.open(file) as opened:
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
       # JPEGs can be decoded at a fraction of their size, at no loss here.
       opened.draft(None, (2 * image_size, 2 * image_size))
       image = ImageOps.fit(
@@ -62,8 +65,7 @@ def decode_whole(file: io.BytesIO) -> np.ndarray:
   """Reads an image file as `decode_image` does, at its own size and shape.
 
   Args:
-    file: of one of the kinds of `IMAGE_SUFFIXES`, whatever its name says:
-      Pillow would hand some others to programs of their own.
+    file: of one of the kinds of `IMAGE_SUFFIXES`, whatever its name says.
 
   Returns:
     uint8[H, W, 3], RGB.
@@ -72,7 +74,7 @@ def decode_whole(file: io.BytesIO) -> np.ndarray:
     OSError, ValueError, SyntaxError: as `decode_image`.
   """
   try:
-    with Image.open(file, formats=_FORMATS) as opened:
+    with Image.open(file, formats=IMAGE_FORMATS) as opened:
       return np.asarray(_to_rgb(ImageOps.exif_transpose(opened)))
   except Image.DecompressionBombError as error:
     raise config_lib.ConfigError(str(error)) from error

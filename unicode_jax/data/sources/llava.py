@@ -21,7 +21,6 @@ Several images in one record are not supported; nothing here tokenises.
 import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -113,7 +112,7 @@ def load_llava(
       records or images.
   """
   folder = image_folder(path)
-  file = Path(conversations).expanduser()
+  file = Path(os.path.expanduser(conversations))
   if not file.is_file():
     raise config_lib.ConfigError(
       f"config.data.conversations={str(conversations)!r} is not a file"
@@ -243,7 +242,7 @@ def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
   text = read_utf8(file)
   if text.lstrip().startswith("["):
     try:
-      records = json.loads(text)
+      records = config_lib.parse_json(text)
     except ValueError as error:
       raise config_lib.ConfigError(
         f"{file} is not JSON: {error}; want one list of records, or one record "
@@ -256,7 +255,7 @@ def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = config_lib.parse_json(line)
     except ValueError as error:
       record = _RecordError(f"is not JSON ({error}): {_shorten(line)}")
     yield f"line {number}", record
