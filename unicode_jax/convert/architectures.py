@@ -49,14 +49,14 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
   kind = config.get("model_type")
   if not isinstance(kind, str) or kind not in FAMILIES:
     raise config_lib.ConfigError(
-      f"model_type={kind!r} is not one that can be imported: "
+      f"model_type={kind!r:.99} is not one that can be imported: "
       f"{', '.join(FAMILIES)}"
     )
   for key, value in _REQUIRED.items():
     if config.get(key, value) != value:
       raise config_lib.ConfigError(
-        f"config.json says {key}={config[key]!r}, but only {value!r} can be "
-        "imported: choose another checkpoint"
+        f"config.json says {key}={config[key]!r:.99}, but only {value!r} can "
+        "be imported: choose another checkpoint"
       )
   if config.get("attention_bias", False) and kind != "qwen2":
     raise config_lib.ConfigError(
@@ -207,8 +207,8 @@ def _rope(config) -> tuple[float, rope.RopeScaling | None]:
     return theta, None
   if kind != "llama3":
     raise config_lib.ConfigError(
-      f"config.json scales RoPE by rope_type={kind!r}: only 'llama3' and none "
-      "can be imported"
+      f"config.json scales RoPE by rope_type={kind!r:.99}: only 'llama3' and "
+      "none can be imported"
     )
   try:
     return theta, rope.RopeScaling(

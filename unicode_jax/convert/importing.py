@@ -159,8 +159,8 @@ def gguf_description(metadata, shapes) -> dict:
   kind = metadata.get("general.architecture")
   if kind != "llama":
     raise config_lib.ConfigError(
-      f"a GGUF file of architecture {kind!r} cannot be imported, only 'llama': "
-      "import the model's Hugging Face folder"
+      f"a GGUF file of architecture {kind!r:.99} cannot be imported, only "
+      "'llama': import the model's Hugging Face folder"
     )
 
   def value(name, default=None):

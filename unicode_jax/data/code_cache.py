@@ -400,8 +400,8 @@ def _check_made_for(
   """Raises ConfigError where codes are of another tokenizer (H12)."""
   if found.get("format") != _FORMAT:
     raise config_lib.ConfigError(
-      f"{folder} holds codes of format {found.get('format')}, and this version "
-      f"reads {_FORMAT}: {_AGAIN}"
+      f"{folder} holds codes of format {found.get('format')!r:.20}, and this "
+      f"version reads {_FORMAT}: {_AGAIN}"
     )
   try:
     _check_form(folder, found)

@@ -74,8 +74,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
   found = shard_files.read_json(path, _ANEW)
   if found.get("format") != _FORMAT or "pieces" not in found:
     raise config_lib.ConfigError(
-      f"{path} is of format {found.get('format')}, and this version reads "
-      f"{_FORMAT}: {_ANEW}"
+      f"{path} is of format {found.get('format')!r:.20}, and this version "
+      f"reads {_FORMAT}: {_ANEW}"
     )
   try:
     _check(found)

@@ -42,6 +42,9 @@ from unicode_jax.data.sources.source import (
 )
 
 _CAPTIONS = ("caption", "captions", "text")
+# Where features.json names a class, today and formerly.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_OWN_CLASSES = "tensorflow_datasets."
 _QUESTIONS, _ANSWERS = ("question", "questions"), ("answer", "answers")
 
 
@@ -148,6 +151,8 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     "tensorflow_datasets.core.read_only_builder"
   )
   folder = None if data_dir is None else os.path.expanduser(data_dir)
+  if folder is not None:
+    _check_classes(Path(folder), name)
   try:
     return read_only.builder_from_files(name, data_dir=folder)
   except (ImportError, ValueError) as error:  # Not found is a ValueError.
@@ -157,6 +162,31 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
       f"(config.data.path): {str(error).strip().splitlines()[0]}; "
       + _prepare(name, folder)
     ) from error
+
+
+def _check_classes(folder: Path, name: str) -> None:
+  """Raises ConfigError where a data set's features are not TFDS's own.
+
+  TFDS would import whatever modules its files name.
+  """
+  for file in (folder / name.partition("/")[0]).glob("**/features.json"):
+    try:
+      stack = [config_lib.parse_json(file.read_text(encoding="utf-8"))]
+    except ValueError as error:
+      raise config_lib.ConfigError(
+        f"{file} cannot be read ({error}): get the data set again"
+      ) from None
+    while stack:
+      node = stack.pop()
+      stack += node.values() if isinstance(node, dict) else ()
+      stack += node if isinstance(node, list) else ()
+      for key in _CLASS_KEYS:
+        wanted = node.get(key) if isinstance(node, dict) else None
+        if isinstance(wanted, str) and not wanted.startswith(_OWN_CLASSES):
+          raise config_lib.ConfigError(
+            f"{file} names the class {wanted!r:.99}, which is not one of TFDS: "
+            "its code would run; name another data set"
+          )
 
 
 def _prepare(name: str, folder: str | None) -> str:
