@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from unicode_jax.config import ConfigError
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMANDS = (
   *("main", "prepare", "convert.__main__", "export", "tokenize", "generate"),
@@ -192,6 +194,20 @@ def test_flags_that_are_not_there(command):
 def test_an_argument_that_is_no_text(command):
   name = next(iter(NEEDED[command.name]))
   assert "UTF-8" in refused(command.run(**{name: "\udcff"}))
+
+
+def test_topologies():
+  """As they are written, before anything is imported."""
+  from unicode_jax import compile as compile_lib
+
+  for good in ("cpu:8", "v5e:4x4", "v5litepod:16x16", "v5p:2x2x2", "v6e:1x1"):
+    compile_lib.check_topology(good)
+  for bad in (
+    *("", "cpu", "cpu:0", "cpu:-1", "cpu:²", "cpu:10000", "v5e", "v5e:16"),
+    *("v5e:0x4", "v5e:4x4x4x4", "v5e:4x", "gpu:8", "tpu:8", "v5e:4X4", "é:1x1"),
+  ):
+    with pytest.raises(ConfigError, match="such as v5e:4x4"):
+      compile_lib.check_topology(bad)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--helpfull", "--helpshort"])
