@@ -19,6 +19,7 @@ from typing import Any
 from array_record.python import array_record_module
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 
 _WRITING = ".writing-"
 # Each record is read by itself, and neither codes nor images compress.
@@ -107,7 +108,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     ConfigError: it holds no JSON object.
   """
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = text_files.parse_json(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise config_lib.ConfigError(
       f"{path} is damaged ({error}): {remedy}"

@@ -89,6 +89,10 @@ class TextTokenizer:
     self._text = tokenizers.Tokenizer.from_str(json.dumps(_plain(spec)))
     self._text.encode_special_tokens = True  # As text, that is.
 
+  def __reduce__(self):
+    # `encode_special_tokens` does not survive a trip to another process.
+    return TextTokenizer, (self._json, self._config)
+
   def _role(self, config: dict[str, Any], role: str) -> int | None:
     """Returns the id of bos, eos or pad."""
     named = config.get(f"{role}_token")
@@ -131,8 +135,17 @@ class TextTokenizer:
     "</s>" in the text comes out as the pieces "<", "/s", ">" or the like. No
     space is put in front, as sentencepiece does at the start of a text, so the
     ids of pieces can be joined.
+
+    Raises:
+      ConfigError: the text is no Unicode: it has half of a surrogate pair.
     """
-    ids = self._text.encode(text, add_special_tokens=False).ids
+    try:
+      ids = self._text.encode(text, add_special_tokens=False).ids
+    except TypeError:
+      raise config_lib.ConfigError(
+        f"{text[:60]!r} is no text: it has half of a surrogate pair, or bytes "
+        "that are not UTF-8"
+      ) from None
     if self.control_ids.isdisjoint(ids):
       return ids
     # A model can spell a control token by merges (Llama 3, Unigram), or not

@@ -7,15 +7,14 @@ stores as a number gets its name from the file's metadata.
 from collections.abc import Iterator
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 from unicode_jax.data.prepared.inputs import (
   CAPTION_KEYS,
   LABEL_KEY,
-  MAX_IMAGE_BYTES,
   Broken,
   Columns,
   Inputs,
@@ -25,6 +24,7 @@ from unicode_jax.data.prepared.inputs import (
   read_label,
   stamped,
 )
+from unicode_jax.data.sources.images import MAX_IMAGE_BYTES
 
 _ROWS = 16  # Decoded at a time.
 
@@ -86,10 +86,14 @@ class ParquetPiece:
         return Broken(name, f"more than {MAX_IMAGE_BYTES} bytes")
       label = value(self.columns.label)
       if classes is not None and label is not None and label != -1:
+        if not isinstance(label, int) or not 0 <= label < len(classes):
+          raise ValueError(
+            f"the label {label!r:.60} is none of {len(classes)} classes"
+          )
         label = classes[label]
       captions = read_captions(value(self.columns.caption))
       return Sample(name, image, captions, read_label(label))
-    except (ValueError, IndexError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
       return Broken(name, str(error))
 
 
@@ -201,7 +205,8 @@ def _find_columns(
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
   """Returns the names of the classes that Hugging Face keeps, if it does."""
   try:
-    info = json.loads((schema.metadata or {})[b"huggingface"])
+    text = (schema.metadata or {})[b"huggingface"].decode()
+    info = text_files.parse_json(text)
     names = info["info"]["features"][label]["names"]
   except (KeyError, TypeError, ValueError):
     return None

@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 
 Header = dict[str, Any]
 
@@ -58,7 +59,7 @@ def read_header(line: str, where: str) -> Header:
     ConfigError: it is no header.
   """
   try:
-    header = json.loads(line)
+    header = text_files.parse_json(line)
     if not header.keys() >= _FIELDS:
       raise ValueError(f"no {sorted(_FIELDS - header.keys())}")
   except (ValueError, AttributeError) as error:

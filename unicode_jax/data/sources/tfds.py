@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import cache
+from unicode_jax.data import cache, text_files
 from unicode_jax.data.sources.images import decode_image, file_stamp
 from unicode_jax.data.sources.source import (
   Annotation,
@@ -230,18 +230,22 @@ def _cache_split(
   lock = threading.Lock()  # Decoding runs in threads, reading need not.
 
   def decode(content):
-    with lock:
-      element = source[content["number"]]
-    label = None
-    if label_key and (number := int(element[label_key])) >= 0:  # -1 is unknown.
-      label = features[label_key].int2str(number)
-    fields = {
-      "captions": _captions(element),
-      "questions": _questions(element),
-      "label": label,
-    }
-    image = decode_image(io.BytesIO(element[image_key]), image_size)
-    return image, fields
+    try:
+      with lock:
+        element = source[content["number"]]
+      label = None
+      if label_key and (number := int(element[label_key])) >= 0:  # -1: unknown.
+        label = features[label_key].int2str(number)
+      fields = {
+        "captions": _captions(element),
+        "questions": _questions(element),
+        "label": label,
+      }
+      file = io.BytesIO(element[image_key])
+    # What array_record, protobuf and TFDS raise on a damaged record.
+    except Exception as error:
+      raise ValueError(f"{type(error).__name__}: {error}") from error
+    return decode_image(file, image_size), fields
 
   files = sorted(Path(builder.data_path).iterdir())
   return cache.cached_images(
@@ -285,11 +289,14 @@ def _questions(element: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _texts(value: Any) -> list[str]:
-  """Returns a feature's value as texts; none where it is no text."""
+  """Returns a feature's value as texts; none where it is no text.
+
+  Empty ones, and in place of those that are too long, keep the others' places.
+  """
   if isinstance(value, bytes):
-    return [value.decode("utf-8", "replace").strip()]
+    value = value.decode("utf-8", "replace")
   if isinstance(value, str):
-    return [value.strip()]
+    return [value.strip() if len(value) <= text_files.MAX_TEXT_BYTES else ""]
   if isinstance(value, Sequence | np.ndarray):
     return [text for entry in value for text in _texts(entry)]
   return []
