@@ -32,6 +32,7 @@ _MAX_SEED = 2**31 - 1
 # Pixels: tiles of a grid are at least this large, a caption's line, and a sheet
 # of narrow rows as wide as its captions up to this.
 _MIN_TILE, _GAP, _LINE, _MIN_SHEET = 96, 2, 15, 480
+_MAX_TITLE = 1000  # Characters; no line has room for them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,10 @@ def _rows(prompts, class_labels):
           f"--{flag}={text!r} is empty: say what to draw; without the flag "
           "whatever comes is drawn"
         )
-      yield Row(" ".join(text.split()), ask(text.strip()))
+      title = " ".join(text.split())
+      if len(title) > _MAX_TITLE:
+        title = f"{title[:_MAX_TITLE]}..."
+      yield Row(title, ask(text.strip()))
   if not prompts and not class_labels:
     yield Row("unconditional", tasks.UNCONDITIONAL)
 
