@@ -51,7 +51,7 @@ class ParquetPiece:
 
   def samples(self) -> Iterator[Sample | Broken]:
     """Yields the rows in order."""
-    pyarrow, parquet = _import_pyarrow()
+    _, parquet = _import_pyarrow()
     row = self.first_row
     try:
       with parquet.ParquetFile(self.path) as file:
@@ -63,7 +63,7 @@ class ParquetPiece:
           for i in range(batch.num_rows):
             yield self._sample(f"{self.file}/{row}", batch, i, classes)
             row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # As in `parquet_inputs`.
       yield Broken(
         self.name, f"damaged, the rest from row {row} is left out: {error}"
       )
@@ -122,10 +122,13 @@ def parquet_inputs(
           for i in range(opened.metadata.num_row_groups)
         ]
         found = _find_columns(pyarrow, file, opened.schema_arrow, columns)
-    except (pyarrow.ArrowException, OSError) as error:
+    except config_lib.ConfigError:
+      raise
+    # Arrow's own, and what Python raises on names and numbers of a bad footer.
+    except Exception as error:
       raise config_lib.ConfigError(
-        f"{file} cannot be read as parquet ({error}): get it again, or leave "
-        "it out of --path"
+        f"{file} cannot be read as parquet ({text_files.printable(str(error))})"
+        ": get it again, or leave it out of --path"
       ) from error
     for groups, first, stop in _spans(rows, images_per_piece):
       title = f"{name} rows {first} to {stop - 1}"

@@ -148,15 +148,26 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     "tensorflow_datasets.core.read_only_builder"
   )
   folder = None if data_dir is None else os.path.expanduser(data_dir)
+  where = "TFDS's default folder" if folder is None else folder
   try:
-    return read_only.builder_from_files(name, data_dir=folder)
+    builder = read_only.builder_from_files(name, data_dir=folder)
+    # They are read when they are first asked for.
+    _ = builder.info.features, builder.info.splits, builder.info.full_name
   except (ImportError, ValueError) as error:  # Not found is a ValueError.
-    where = "TFDS's default folder" if folder is None else folder
     raise config_lib.ConfigError(
       f"config.data.tfds={name!r} is not a prepared data set in {where} "
-      f"(config.data.path): {str(error).strip().splitlines()[0]}; "
-      + _prepare(name, folder)
+      f"(config.data.path): {_first_line(error)}; " + _prepare(name, folder)
     ) from error
+  except Exception as error:  # Whatever is raised by what parses its JSON.
+    raise config_lib.ConfigError(
+      f"the description of {name!r} in {where} is damaged: "
+      f"{_first_line(error)}; remove it, and " + _prepare(name, folder)
+    ) from error
+  return builder
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
 
 
 def _prepare(name: str, folder: str | None) -> str:
