@@ -55,7 +55,7 @@ _PREAMBLE = re.compile(
   r"(?:(?:an?|the)\s+)?(?:(?:picture|image|drawing|sketch|photo)\s+of\s+)?",
   re.IGNORECASE,
 )
-_ENDING = re.compile(r"[\s,]*(?:\bplease\b)?[\s.!?]*$", re.IGNORECASE)
+_PLEASE = re.compile(r"\bplease$", re.IGNORECASE)
 _ANYTHING = re.compile(
   r"\s*(?:(?:me|us)\b\s*)?"
   r"(?:something|anything|whatever|(?:an?\s+)?(?:picture|image|drawing))?",
@@ -96,7 +96,7 @@ def drawing_question(message: str) -> str | None:
     text = exact["text"].strip()
     ask = tasks.class_question if exact["class"] else tasks.draw_question
     return ask(text) if text else tasks.UNCONDITIONAL
-  rest = _ENDING.sub("", rest, count=1)
+  rest = _without_ending(rest)
   if _ANYTHING.fullmatch(rest):
     return tasks.UNCONDITIONAL
   preamble = _PREAMBLE.match(rest)
@@ -105,6 +105,15 @@ def drawing_question(message: str) -> str | None:
     rest = rest[preamble.end() :]
   rest = re.sub(r"^[\s,]*(?:(?:me|us)\s+)?", "", rest, flags=re.IGNORECASE)
   return tasks.draw_question(rest) if rest else tasks.UNCONDITIONAL
+
+
+def _without_ending(text: str) -> str:
+  """Takes away what ends a request: a "please" and punctuation."""
+  spaces = "".join(filter(str.isspace, set(text)))
+  text = text.rstrip(f"{spaces}.!?")
+  if (please := _PLEASE.search(text, max(len(text) - 7, 0))) is not None:
+    text = text[: please.start()]
+  return text.rstrip(f"{spaces},")
 
 
 class Chat:
@@ -304,7 +313,11 @@ def converse(
 def _checked_image(file: str) -> pathlib.Path:
   """Returns the path of a file; raises ConfigError if there is none."""
   path = pathlib.Path(os.path.expanduser(file))
-  if not path.is_file():
+  try:
+    found = path.is_file()
+  except OSError:  # Such as a name that is too long to be one.
+    found = False
+  if not found:
     raise config_lib.ConfigError(
       f"there is no image {file!r}: name a file that Pillow can open"
     )
@@ -369,6 +382,8 @@ def main() -> None:
   if prompt is not None:
     print("\n".join(chat.reply(prompt)))
     return
+  # Bytes that are not UTF-8 are a mistake in one line, not the end.
+  sys.stdin.reconfigure(errors="surrogateescape")
   asks = sys.stdin.isatty()
   if asks:
     import readline  # noqa: F401  # pylint: disable=g-import-not-at-top

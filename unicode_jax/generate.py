@@ -33,6 +33,7 @@ _MAX_NUM = 4096  # All of them are held in memory.
 # Pixels: tiles of a grid are at least this large, a caption's line, and a sheet
 # of narrow rows as wide as its captions up to this.
 _MIN_TILE, _GAP, _LINE, _MIN_SHEET = 96, 2, 15, 480
+_MAX_TITLE = 1000  # Characters; no line has room for them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +108,17 @@ def draw(
   Raises:
     ConfigError: If a value cannot be used, or the run cannot draw.
   """
+  for flag, texts in (("prompt", prompts), ("class_label", class_labels)):
+    for text in texts:
+      if not text.strip():
+        raise config_lib.ConfigError(
+          f"--{flag}={text!r} is empty: say what to draw; without the flag "
+          "whatever comes is drawn"
+        )
   if not 1 <= num <= _MAX_NUM:
-    raise config_lib.ConfigError(f"--num={num}: draw 1 to {_MAX_NUM} pictures")
+    raise config_lib.ConfigError(
+      f"--num={num}: draw at least 1 picture, and at most {_MAX_NUM}"
+    )
   if not 0 <= seed <= _MAX_SEED:
     raise config_lib.ConfigError(
       f"--seed={seed}: use a number from 0 to {_MAX_SEED}"
@@ -154,17 +164,15 @@ def _rows(prompts, class_labels):
   """Yields the rows that are asked for."""
   from unicode_jax.data import tasks  # pylint: disable=g-import-not-at-top
 
-  for flag, texts, ask in (
-    ("prompt", prompts, tasks.draw_question),
-    ("class_label", class_labels, tasks.class_question),
+  for texts, ask in (
+    (prompts, tasks.draw_question),
+    (class_labels, tasks.class_question),
   ):
     for text in texts:
-      if not text.strip():
-        raise config_lib.ConfigError(
-          f"--{flag}={text!r} is empty: say what to draw; without the flag "
-          "whatever comes is drawn"
-        )
-      yield Row(" ".join(text.split()), ask(text.strip()))
+      title = " ".join(text.split())
+      if len(title) > _MAX_TITLE:
+        title = f"{title[:_MAX_TITLE]}..."
+      yield Row(title, ask(text.strip()))
   if not prompts and not class_labels:
     yield Row("unconditional", tasks.UNCONDITIONAL)
 

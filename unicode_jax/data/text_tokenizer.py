@@ -98,6 +98,10 @@ class TextTokenizer:
     self._text = _from_str(json.dumps(_plain(spec)))
     self._text.encode_special_tokens = True  # As text, that is.
 
+  def __reduce__(self):
+    # `encode_special_tokens` does not survive a trip to another process.
+    return TextTokenizer, (self._json, self._config)
+
   def _role(self, config: dict[str, Any], role: str) -> int | None:
     """Returns the id of bos, eos or pad."""
     named = config.get(f"{role}_token")
@@ -145,6 +149,9 @@ class TextTokenizer:
     "</s>" in the text comes out as the pieces "<", "/s", ">" or the like. No
     space is put in front, as sentencepiece does at the start of a text, so the
     ids of pieces can be joined.
+
+    Raises:
+      ConfigError: the text is no Unicode: it has half of a surrogate pair.
     """
     ids = self._pieces(text)
     if self.control_ids.isdisjoint(ids):
@@ -165,6 +172,11 @@ class TextTokenizer:
   def _pieces(self, text: str) -> list[int]:
     try:
       return self._text.encode(text, add_special_tokens=False).ids
+    except TypeError:
+      raise config_lib.ConfigError(
+        f"{text[:60]!r} is no text: it has half of a surrogate pair, or bytes "
+        "that are not UTF-8"
+      ) from None
     except Exception as error:  # Of no type of its own.
       raise config_lib.ConfigError(
         f"the text tokenizer cannot encode {text!r:.99} ({error}): take one "

@@ -23,9 +23,9 @@ from unicode_jax.data.sources.folder import (
   load_folder,
 )
 from unicode_jax.data.sources.images import (
-  IMAGE_FORMATS,
   IMAGE_SUFFIXES,
   decode_image,
+  stored_size,
 )
 from unicode_jax.data.sources.llava import load_llava
 from unicode_jax.data.sources.source import (
@@ -42,7 +42,6 @@ from unicode_jax.data.sources.tfds import load_tfds
 
 __all__ = [
   "CAPTION_QUESTION",
-  "IMAGE_FORMATS",
   "IMAGE_SUFFIXES",
   "MAX_HELDOUT",
   "Annotation",
@@ -62,6 +61,7 @@ __all__ = [
   "load_tfds",
   "partition",
   "shape_and_colour",
+  "stored_size",
   "untoned_name",
   "validation",
 ]
