@@ -2,9 +2,9 @@
 
 Flags are parsed, libraries kept quiet, and errors that a user can mend are said
 in one line. Exit statuses: 0; 2 for a flag, config or file that cannot be used;
-3 for a run that should not go on (collapse, divergence); 74 where a disk is full
-or fails; 75 for SIGTERM, after
-which the same command may be started again; 130 for Ctrl-C.
+3 for a run that should not go on (collapse, divergence); 74 where a disk is
+full or fails; 75 for SIGTERM, after which the same command may be started
+again; 130 for Ctrl-C.
 """
 
 from collections.abc import Callable
@@ -49,6 +49,7 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
     if error.filename is None:
       raise
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+      leave_at_once()  # Libraries would fail to clean up on the same disk.
       _end(
         DISK_STATUS,
         f"error: {error.strerror}: {str(error.filename)!r}: give it room; "
@@ -120,6 +121,10 @@ def _checked(main: Callable, argv: list[str]):
     )
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # What libraries say is no progress.
+    # It logs the traces of errors that it raises as well.
+    logging.get_absl_handler().addFilter(
+      lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
+    )
   return main()
 
 
@@ -127,9 +132,10 @@ _at_once = False
 
 
 def leave_at_once() -> None:
-  """Makes an error end this process without waiting for the others of a run.
+  """Makes an error end this process without any cleaning up.
 
-  JAX would wait for them for minutes, and then give up with another status.
+  Where there are several processes, JAX would wait for the others for minutes,
+  and then give up with another status.
   """
   global _at_once
   _at_once = True

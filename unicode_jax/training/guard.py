@@ -100,42 +100,46 @@ class Spike:
 class Guard:
   """Watches skipped steps and gradient norms from one log line to the next."""
 
-  def __init__(self, config: RecoveryConfig, skipping_since: int | None = None):
+  def __init__(
+    self,
+    config: RecoveryConfig,
+    in_a_row: Mapping[str, Sequence[int]] | None = None,
+  ):
     """Starts the watch.
 
     Args:
       config: Limits.
-      skipping_since: First of the skipped steps that a checkpoint ended with.
+      in_a_row: Steps that were skipped, and the latest of their phase, when a
+        checkpoint was saved: numbers by phase.
     """
     self._config = config
-    self.skipping_since = skipping_since
+    self.in_a_row = {k: list(v) for k, v in (in_a_row or {}).items()}
     self._norms: dict[str, collections.deque[float]] = {}
 
-  def skipped(self, steps: Sequence[int], flags: Sequence[float]) -> list[int]:
-    """Looks at which steps were skipped.
+  def look(self, phase: str, step: int, skipped: bool) -> None:
+    """Looks at a step; all of them in order.
 
     Args:
-      steps: Numbers of the steps since the last look, in order.
-      flags: "skipped" of each.
-
-    Returns:
-      Those that were.
+      phase: Name of its kind: one may be well while another is not.
+      step: Its number.
+      skipped: Whether it was.
     """
-    for step, flag in zip(steps, flags, strict=True):
-      if not flag:
-        self.skipping_since = None
-      elif self.skipping_since is None:
-        self.skipping_since = step
-    return [s for s, flag in zip(steps, flags, strict=True) if flag]
+    if skipped:
+      self.in_a_row.setdefault(phase, []).append(step)
+    else:
+      self.in_a_row.pop(phase, None)
 
-  def is_poisoned(self, step: int) -> bool:
-    """Says whether more steps in a row were skipped than one may hope about.
+  def poisoned_since(self) -> int | None:
+    """Returns the first of too many skipped steps in a row, None without.
 
-    Args:
-      step: The latest that was looked at.
+    Only steps of one phase count as a row.
     """
-    since = self.skipping_since
-    return since is not None and step - since >= self._config.skip_limit
+    first = [
+      steps[0]
+      for steps in self.in_a_row.values()
+      if len(steps) > self._config.skip_limit
+    ]
+    return min(first, default=None)
 
   def spikes(
     self, norms: Mapping[str, Sequence[tuple[int, float]]]

@@ -372,7 +372,8 @@ class _Run:
     )
     self.progress = self.writer = None
     self.state = None
-    self.rewinds, self.rewound_to = 0, None
+    # How often it went back, from where at last, and where to.
+    self.rewinds, self.failed_at, self.rewound_to = 0, 0, 0
     self.energy_warning = None
 
   @property
@@ -439,7 +440,9 @@ class _Run:
     self.alarm = alarm_lib.CollapseAlarm(
       stage.alarm_config, record.get("alarm_below_since")
     )
-    self.guard = guard_lib.Guard(config.recovery, record.get("skipping_since"))
+    self.guard = guard_lib.Guard(
+      config.recovery, record.get("skipped_in_a_row")
+    )
     self.started = time.monotonic() - record.get("train_seconds", 0.0)
     self.iterators = stage.make_iterators(
       self._batches(step), sharding.batch_share(self.mesh)
@@ -570,9 +573,11 @@ class _Run:
       return
     timing = self.clock.flush()
     window = self.window.flush()
-    skipped = self.guard.skipped(window.steps, window.skipped)
-    for step in skipped:
-      self._note_skipped(step, timing)
+    for step, skipped in zip(window.steps, window.skipped, strict=True):
+      phase = self.stage.phase(step - 1)
+      self.guard.look(phase.name, step, bool(skipped))
+      if skipped:
+        self._note_skipped(step, phase, timing)
     for spike in self.guard.spikes(window.norms):
       self._incident("spike", **dataclasses.asdict(spike))
       self.progress.say(
@@ -582,19 +587,20 @@ class _Run:
     timing["time/train_seconds"] = time.monotonic() - self.started
     values = self.stage.summarize(self.state, window.means, self.image_batch)
     self.image_batch = None
-    values["skipped_steps"] = len(skipped)
+    values["skipped_steps"] = sum(window.skipped)
     for name, norms in window.norms.items():
       values[f"{name}_max"] = max(norm for _, norm in norms)
     self._write(values | timing | self.goodput.metrics())
     self.progress.show(self.step, self.stage.headline(values))
-    if self.guard.is_poisoned(self.step):
+    if self.guard.poisoned_since() is not None:
       raise _Poisoned
     if "usage/depth1" in values:
       self._sound(values)
 
-  def _note_skipped(self, step: int, timing: Mapping[str, float]) -> None:
+  def _note_skipped(
+    self, step: int, phase: Phase, timing: Mapping[str, float]
+  ) -> None:
     """Writes down what a skipped step had read."""
-    phase = self.stage.phase(step - 1)
     batch = self._batches(step - 1)[phase.stream]
     self.goodput.move(
       goodput_lib.STEP,
@@ -652,7 +658,7 @@ class _Run:
     self.clock.pause("checkpoint")
     record = {
       "alarm_below_since": self.alarm.below_since,
-      "skipping_since": self.guard.skipping_since,
+      "skipped_in_a_row": self.guard.in_a_row,
       "left_out": dict(self.left_out),
       "train_seconds": time.monotonic() - self.started,
       "seconds": self.goodput.seconds(),
@@ -672,34 +678,31 @@ class _Run:
       DivergenceError: If there is nowhere to go, or it was tried often enough.
     """
     self.checkpointer.wait()
-    since = self.guard.skipping_since
-    steps = [step for step in self.checkpointer.steps() if step < since]
-    if steps and steps[0] == self.rewound_to:
-      steps = steps[1:]
+    since = self.guard.poisoned_since()
+    before = since
+    if since <= self.failed_at:  # Going back has led here again.
+      before = min(since, self.rewound_to)
+    steps = [step for step in self.checkpointer.steps() if step < before]
     limit = self.config.recovery.rewind_limit
     if not steps or self.rewinds >= limit:
+      reason = f"recovery.rewind_limit={limit}" if steps else "none is older"
       raise DivergenceError(
-        f"loss or gradient not finite at every step since {since}, and "
-        + (
-          f"after going back {self.rewinds} times"
-          if steps
-          else "no checkpoint before it to go back to"
-        )
-        + ": start again in another --workdir with a lower "
-        "optimizer.*.learning_rate; the newest checkpoint here is step "
-        f"{self.saved}"
+        f"loss or gradient not finite at every step since {since}, after going "
+        f"back to a checkpoint {self.rewinds} times ({reason}): start again in "
+        "another --workdir with a lower optimizer.*.learning_rate; the newest "
+        f"checkpoint here is step {self.saved}"
       )
-    failed_at, read = self.step, self._batches(self.step)
+    self.failed_at, read = self.step, self._batches(self.step)
     self.state = None
     step, state, record, _ = self.checkpointer.restore(self.target, steps[0])
     self.left_out.clear()
     record["left_out"] = read - self._batches(step)
-    record["skipping_since"] = None
+    record["skipped_in_a_row"] = {}
     self.goodput.go_back(record.get("seconds", {}))
     self._stand_at(step, state, record)
     self.rewinds, self.rewound_to = self.rewinds + 1, step
-    self._incident("rewound", step=failed_at, to=step, since=since)
+    self._incident("rewound", step=self.failed_at, to=step, since=since)
     self.progress.say(
-      f"WARNING: steps {since} to {failed_at} were skipped: the run goes on "
-      f"from step {step}, with the data that comes after them"
+      f"WARNING: steps {since} to {self.failed_at} were skipped: the run goes "
+      f"on from step {step}, with the data that comes after them"
     )

@@ -140,9 +140,12 @@ class MetricWriter:
       raise OSError(error.errno, error.strerror, str(self._path)) from error
 
   def close(self) -> None:
-    """Closes both files."""
+    """Closes both files; TensorBoard's is no reason to fail."""
     self._file.close()
-    self._events.close()
+    try:
+      self._events.close()
+    except OSError as error:
+      logging.warning("TensorBoard's events are not whole: %s", error)
 
 
 class Progress:
