@@ -117,6 +117,10 @@ def prepare(
       raise config_lib.ConfigError(
         f"--{flag}={value} is not read with --from={source}: leave it out"
       )
+  if captions is not None and not os.path.isfile(os.path.expanduser(captions)):
+    raise config_lib.ConfigError(
+      f"--captions={captions!r} is not a file: name one of JSON lines"
+    )
   from unicode_jax.data.prepared import (
     from_folder,
     from_parquet,
