@@ -285,16 +285,21 @@ def test_a_users_own_tree_is_checked():
     config_lib.validate(config)
 
 
+NAMES = st.text(st.characters(exclude_characters="\0"), min_size=1)
+
+
 @given(
   st.fixed_dictionaries(
     {},
     optional={
       "seed": st.integers(0, 2**40),
-      "data.path": st.none() | st.text(),
-      "text.image_start": st.text(),
+      "data.path": st.none() | NAMES,
+      "text.image_start": NAMES,
       "data.flip": st.booleans(),
       "optimizer.llm.learning_rate": st.floats(0, 1),
-      "data.weights": st.lists(st.floats(0, 9), min_size=1).map(tuple),
+      "data.weights": st.lists(st.floats(0, 9), min_size=1, max_size=16).map(
+        tuple
+      ),
       "llm.sliding_window": st.none() | st.integers(1, 99),
     },
   )

@@ -117,6 +117,10 @@ def test_a_sheet_has_rows_of_tiles_under_titles():
     generate.sheet(images, ["x", "y" * 500])[height : height + 15],
     generate.sheet(images, ["x", "y" * 600])[height : height + 15],
   )
+  # However long a prompt was, its title takes no minutes.
+  (row,) = generate._rows(["word " * 100_000], [])
+  assert len(row.title) < 2000 and row.question.endswith("word")
+  assert generate.sheet(images[:1], [row.title]).shape[1] >= 3 * 96
   # Large pictures stay as they are; one may be narrower than its title.
   large = generate.sheet(images.repeat(4, 2).repeat(4, 3), ["a", "b"])
   assert large.shape[1] == 3 * 130

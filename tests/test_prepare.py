@@ -226,3 +226,18 @@ def test_flags_are_checked(arguments, message, tmp_path):
   done = run(*(a.replace("=x", f"={tmp_path}/x") for a in arguments))
   assert done.returncode == 2
   assert message.replace("x holds", f"{tmp_path}/x holds") in done.stderr
+
+
+def test_a_folder_that_nothing_came_to_lie_in_is_gone(tmp_path):
+  """So that the same --out is free for the right --path."""
+  wrong = tmp_path / "wrong.tar"
+  wrong.write_bytes(b"no archive")
+  out = tmp_path / "new" / "out"
+  done = run("--from=webdataset", f"--path={wrong}", f"--out={out}")
+  assert done.returncode == 2 and "no image that can be read" in done.stderr
+  assert not out.exists()
+  (out.parent / "out").mkdir()
+  (out / "of_somebody.txt").write_text("x")
+  done = run("--from=webdataset", f"--path={wrong}", f"--out={out}")
+  assert done.returncode == 2 and "holds other files" in done.stderr
+  assert contents(out) == {"of_somebody.txt": b"x"}

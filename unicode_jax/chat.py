@@ -55,7 +55,7 @@ _PREAMBLE = re.compile(
   r"(?:(?:an?|the)\s+)?(?:(?:picture|image|drawing|sketch|photo)\s+of\s+)?",
   re.IGNORECASE,
 )
-_ENDING = re.compile(r"[\s,]*(?:\bplease\b)?[\s.!?]*$", re.IGNORECASE)
+_PLEASE = re.compile(r"\bplease$", re.IGNORECASE)
 _ANYTHING = re.compile(
   r"\s*(?:(?:me|us)\b\s*)?"
   r"(?:something|anything|whatever|(?:an?\s+)?(?:picture|image|drawing))?",
@@ -96,7 +96,7 @@ def drawing_question(message: str) -> str | None:
     text = exact["text"].strip()
     ask = tasks.class_question if exact["class"] else tasks.draw_question
     return ask(text) if text else tasks.UNCONDITIONAL
-  rest = _ENDING.sub("", rest, count=1)
+  rest = _without_ending(rest)
   if _ANYTHING.fullmatch(rest):
     return tasks.UNCONDITIONAL
   preamble = _PREAMBLE.match(rest)
@@ -105,6 +105,15 @@ def drawing_question(message: str) -> str | None:
     rest = rest[preamble.end() :]
   rest = re.sub(r"^[\s,]*(?:(?:me|us)\s+)?", "", rest, flags=re.IGNORECASE)
   return tasks.draw_question(rest) if rest else tasks.UNCONDITIONAL
+
+
+def _without_ending(text: str) -> str:
+  """Takes away what ends a request: a "please" and punctuation."""
+  spaces = "".join(filter(str.isspace, set(text)))
+  text = text.rstrip(f"{spaces}.!?")
+  if (please := _PLEASE.search(text, max(len(text) - 7, 0))) is not None:
+    text = text[: please.start()]
+  return text.rstrip(f"{spaces},")
 
 
 class Chat:
@@ -133,7 +142,7 @@ class Chat:
     from unicode_jax import inference  # pylint: disable=g-import-not-at-top
 
     self._model = model
-    self._out_dir = pathlib.Path(out_dir).expanduser()
+    self._out_dir = pathlib.Path(os.path.expanduser(out_dir))
     self._answering = answering or inference.ANSWER_SAMPLING
     self._drawing = drawing or inference.DRAW_SAMPLING
     self._seed = seed
@@ -303,8 +312,12 @@ def converse(
 
 def _checked_image(file: str) -> pathlib.Path:
   """Returns the path of a file; raises ConfigError if there is none."""
-  path = pathlib.Path(file).expanduser()
-  if not path.is_file():
+  path = pathlib.Path(os.path.expanduser(file))
+  try:
+    found = path.is_file()
+  except OSError:  # Such as a name that is too long to be one.
+    found = False
+  if not found:
     raise config_lib.ConfigError(
       f"there is no image {file!r}: name a file that Pillow can open"
     )
@@ -329,12 +342,14 @@ def main() -> None:
       f"--seed={values.seed}: use a number from 0 to {_MAX_SEED}"
     )
   image = _checked_image(values.image) if values.image is not None else None
-  out_dir = pathlib.Path(values.out_dir).expanduser()
+  out_dir = pathlib.Path(os.path.expanduser(values.out_dir))
   if not out_dir.is_dir() or not os.access(out_dir, os.W_OK | os.X_OK):
     raise config_lib.ConfigError(
       f"--out_dir={values.out_dir} is no folder that can be written to: make "
       "it, or name another"
     )
+  config_lib.check_sampling(values.flag_values_dict())
+  config_lib.read_run(values.workdir)
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax import inference  # pylint: disable=g-import-not-at-top
 
@@ -367,6 +382,8 @@ def main() -> None:
   if prompt is not None:
     print("\n".join(chat.reply(prompt)))
     return
+  # Bytes that are not UTF-8 are a mistake in one line, not the end.
+  sys.stdin.reconfigure(errors="surrogateescape")
   asks = sys.stdin.isatty()
   if asks:
     import readline  # noqa: F401  # pylint: disable=g-import-not-at-top
@@ -393,7 +410,9 @@ def run() -> None:
     "prompt", None, "What to say; without it the input is a conversation."
   )
   flags.DEFINE_string("out_dir", ".", "Folder for drawing_1.png, ...")
-  flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+  flags.DEFINE_integer(
+    "step", None, "Checkpoint; by default the newest.", lower_bound=0
+  )
   flags.DEFINE_integer("seed", 0, "Seed of what is drawn at random.")
   flags.DEFINE_float(
     "temperature", 0.0, "Of answers: divides the logits; 0 is greedy."

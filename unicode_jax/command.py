@@ -11,6 +11,7 @@ from collections.abc import Callable
 import errno
 import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -76,8 +77,40 @@ def _parsed(argv: list[str]) -> list[str]:
       raise config_lib.ConfigError(f"{argument!r} is not UTF-8") from None
   try:
     return flags.FLAGS(argv)
-  except flags.Error as error:
-    raise config_lib.ConfigError(f"{error} (--help lists the flags)") from None
+  except (flags.Error, ValueError) as error:  # The latter of --noFLAG=1.
+    raise config_lib.ConfigError(
+      f"{_said(str(error))} (--help lists the flags)"
+    ) from None
+  except SystemExit:  # absl takes --help for a mistake.
+    sys.exit(0)
+
+
+# How absl says what is wrong with a flag's value, and what we say.
+_REASONS = tuple(
+  (re.compile(rf"flag --(\w+)=(.*): {reason}", re.DOTALL), wanted)
+  for reason, wanted in (
+    (r"\S+ is not (an? .*)", r"\3"),
+    (r"value should be (one of .*)", r"\3"),
+    (r"invalid literal for int\(\) .*", "a whole number"),
+    (r"(?:Exceeds the limit|Value too large).*", "a whole number"),
+    (r"could not convert string to float: .*", "a number"),
+    (r"\('Non-boolean argument .*", "true or false"),
+  )
+)
+_UNSET = re.compile(r"flag --(\w+)=None: Flag .* must have a value .*")
+
+
+def _said(message: str) -> str:
+  """Says once what absl says of a flag, and what is wanted."""
+  if found := _UNSET.fullmatch(message):
+    return f"--{found[1]} must have a value"
+  for pattern, wanted in _REASONS:
+    if found := pattern.fullmatch(message):
+      value = found[2]
+      if not value.isprintable() or len(value) > 100:
+        value = f"{value[:99]!r}"
+      return f"--{found[1]}={value} must be {found.expand(wanted)}"
+  return message
 
 
 def _checked(main: Callable, argv: list[str]):

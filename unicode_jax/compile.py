@@ -18,11 +18,15 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 from absl import flags
 
 from unicode_jax import command, config as config_lib
 
+# How Cloud TPU writes slices: chips along each of two or three axes.
+_SLICE = r"v\d\w*:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}"
+_SUCH_AS = "use one such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
 # What the data is does not change a program.
 _DATA_KEYS = ("path", "captions", "conversations", "tfds")
 
@@ -67,6 +71,21 @@ def _without_data(config):
   return config_lib.apply_overrides(config, values)
 
 
+def check_topology(topology: str) -> None:
+  """Checks how a topology is written, before anything is imported.
+
+  Args:
+    topology: See the module's docstring.
+
+  Raises:
+    ConfigError: If it is none.
+  """
+  if not re.fullmatch(rf"cpu:[1-9]\d{{0,3}}|{_SLICE}", topology, re.ASCII):
+    raise config_lib.ConfigError(
+      f"--topology={topology} is no kind of device and their number: {_SUCH_AS}"
+    )
+
+
 def get_devices(topology: str) -> Sequence:
   """Returns the devices of a topology.
 
@@ -76,14 +95,10 @@ def get_devices(topology: str) -> Sequence:
   Raises:
     ConfigError: If there is no such topology, or no compiler for it.
   """
+  check_topology(topology)
   kind, _, shape = topology.partition(":")
   os.environ["JAX_PLATFORMS"] = "cpu"
   if kind == "cpu":
-    if not shape.isdigit() or not int(shape):
-      raise config_lib.ConfigError(
-        f"--topology={topology} has no number of processors: use one such as "
-        "cpu:8"
-      )
     flag = f"--xla_force_host_platform_device_count={shape}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     import jax
@@ -104,7 +119,7 @@ def get_devices(topology: str) -> Sequence:
     remedy = (
       'install the compiler with pip install -e ".[tpu]"'
       if "not installed" in reason or "libtpu" in reason
-      else "use one such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
+      else _SUCH_AS
     )
     raise config_lib.ConfigError(
       f"--topology={topology} is not to be had ({reason}): {remedy}"
@@ -123,6 +138,17 @@ def main(overrides: Mapping[str, str]) -> None:
     RunError: If a program does not fit.
   """
   values = flags.FLAGS
+  check_topology(values.topology)
+  reports_file = pathlib.Path(os.path.expanduser(values.json or "reports"))
+  if reports_file.is_dir() or not reports_file.absolute().parent.is_dir():
+    raise config_lib.ConfigError(
+      f"--json={values.json} cannot be written: name a file in a folder that "
+      "is there"
+    )
+  if values.cache and os.path.isfile(values.cache):
+    raise config_lib.ConfigError(
+      f"--cache={values.cache} is a file: name a folder"
+    )
   configs = load_configs(values.config, overrides)
   devices = get_devices(values.topology)
   print(f"{values.topology}: {len(devices)} x {devices[0].device_kind}")
@@ -150,7 +176,7 @@ def main(overrides: Mapping[str, str]) -> None:
       reports.append(report)
   if values.json:
     text = json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
-    pathlib.Path(values.json).write_text(text + "\n", encoding="utf-8")
+    reports_file.write_text(text + "\n", encoding="utf-8")
   if not all(report.fits for report in reports):
     raise config_lib.RunError("not all programs fit")
 

@@ -17,13 +17,17 @@ import json
 import math
 import os
 import pathlib
+import re
 import runpy
 from typing import Any
+import warnings
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 STAGES = ("pretrain", "tokenizer", "instruct")
+# In the config of an imported language model, which no stage trained.
+LLM_STAGE = "llm"
 PARADIGMS = ("frozen", "dual", "language_driven", "projected", "private")
 QUANTIZERS = ("rq", "vq", "hq")
 TEMPLATES = ("plain", "vicuna", "chatml")
@@ -371,7 +375,7 @@ def default_config() -> ConfigDict:
 
 
 _CHOICES = {
-  "stage": STAGES,
+  "stage": (*STAGES, LLM_STAGE),
   "platform": (None, "cpu", "gpu", "tpu"),
   "data.source": ("embedded", "folder", "llava", "tfds", "arrayrecord"),
   "tokenizer.quantizer": QUANTIZERS,
@@ -386,17 +390,36 @@ _CHOICES = {
   "llm.attention": ("auto", "xla", "splash", "cudnn"),
 }
 
+# Steps are counted in int32; float32 must hold sums and squares of fractions.
+_MOST, _LARGEST = 10**9, 1e15
+
 # (lowest, highest, key patterns), both ends allowed, first match counts. Other
-# whole numbers are at least 1, other fractions at least 0.
+# whole numbers are from 1 to _MOST, other fractions from 0 to _LARGEST. Sizes
+# end well above any model there is, where a mistyped number would ask for all
+# the memory of a machine.
 _RANGES = (
-  (-1, math.inf, ("mesh.*",)),
+  (-1, 2**20, ("mesh.*",)),
+  (0, 2**31 - 1, ("seed",)),
+  (0, 1024, ("data.num_workers",)),
+  (0, 64, ("data.shift",)),
+  (1, 2**14, ("image_size", "tokenizer.stem_patch")),
+  (1, 2**24, ("text.vocab_size", "*.global_batch_size", "microbatches")),
+  (1, 2**20, ("text.sequence_length", "llm.mlp_dim", "codebook.code_dim")),
+  (1, 2**17, ("llm.embed_dim", "llm.head_dim", "*.channels")),
+  (1, 4096, ("llm.num_*", "tokenizer.loss.disc_channels")),
+  (
+    1,
+    256,
+    (
+      "tokenizer.depth",
+      "tokenizer.num_res_blocks",
+      "tokenizer.channel_multipliers",
+    ),
+  ),
   (
     0,
-    math.inf,
+    _MOST,
     (
-      "seed",
-      "data.num_workers",
-      "data.shift",
       "instruct.lora_rank",
       "llm.attention_block",
       "tokenizer.loss.disc_start",
@@ -406,6 +429,9 @@ _RANGES = (
       "recovery.rewind_limit",
     ),
   ),
+  (1, _LARGEST, ("llm.rope_theta", "llm.rope_scaling.factor")),
+  (1e-12, 1, ("llm.norm_eps",)),
+  (1e-12, 1e3, ("llm.embedding_std",)),
   (
     0,
     1,
@@ -419,19 +445,9 @@ _RANGES = (
     ),
   ),
   (0, 0.99999, ("optimizer.*.b?",)),
-  (
-    1e-12,
-    math.inf,
-    (
-      "llm.embedding_std",
-      "llm.rope_theta",
-      "llm.rope_scaling.*_factor",
-      "llm.norm_eps",
-      "*.clip_norm",
-    ),
-  ),
-  (1, math.inf, ("llm.rope_scaling.factor", "recovery.spike_factor")),
-  (0.1, math.inf, ("recovery.*_seconds",)),
+  (1e-12, _LARGEST, ("llm.rope_scaling.*_factor", "*.clip_norm")),
+  (1, _LARGEST, ("recovery.spike_factor",)),
+  (0.1, _LARGEST, ("recovery.*_seconds",)),
   (0.01, 0.9, ("*.heldout_fraction",)),
   (0, 0.9, ("data.validation_fraction",)),
   (0.01, 1, ("data.crop_scale",)),
@@ -444,14 +460,10 @@ _HINTS = {
   "--config=configs/tokenizer.py",
 }
 
-# Combinations that cannot run: (whether `c` is broken, message). Messages are
-# formatted with c (the config), grid, downsampling and codes.
-_IMPOSSIBLE = (
-  (
-    lambda c: c.data.shift >= c.image_size,
-    "data.shift={c.data.shift} moves images of image_size={c.image_size} out "
-    "of sight: set it to a few pixels",
-  ),
+# Combinations that cannot be: (whether `c` is broken, message). Messages are
+# formatted with c (the config), grid, downsampling and codes. First what no
+# model can have, and so no run that is read:
+_IMPOSSIBLE_MODELS = (
   (
     lambda c: c.image_size % downsampling(c),
     "image_size={c.image_size} is not a multiple of the tokenizer's "
@@ -480,16 +492,75 @@ _IMPOSSIBLE = (
     "cells have one top and four bottom codes: set tokenizer.depth=5",
   ),
   (
-    lambda c: c.tokenizer.loss.l1 + c.tokenizer.loss.l2 == 0,
-    "tokenizer.loss.l1=0 and tokenizer.loss.l2=0 leave nothing to reconstruct: "
-    "set one of them above 0",
-  ),
-  (
     lambda c: (c.codebook.paradigm == "private") != (c.stage == "tokenizer"),
     "codebook.paradigm={c.codebook.paradigm!r} with stage={c.stage!r}: a "
     "private codebook belongs to stage 'tokenizer' and no other; use "
     "--config=configs/tokenizer.py for it, and codebook.paradigm="
     "'language_driven' (or frozen, dual, projected) in stage I",
+  ),
+  (
+    lambda c: (
+      c.stage in ("pretrain", "instruct")
+      and c.codebook.code_dim > c.llm.embed_dim
+    ),
+    "codebook.code_dim={c.codebook.code_dim} is larger than llm.embed_dim="
+    "{c.llm.embed_dim}, from which codes are projected: set codebook.code_dim "
+    "to at most {c.llm.embed_dim} (16 to 32 works best)",
+  ),
+  (
+    lambda c: (
+      c.stage in ("pretrain", "instruct")
+      and c.codebook.projection == "identity"
+      and c.codebook.code_dim != c.llm.embed_dim
+    ),
+    "codebook.projection='identity' with codebook.code_dim="
+    "{c.codebook.code_dim} and llm.embed_dim={c.llm.embed_dim}: set "
+    "codebook.code_dim={c.llm.embed_dim} or codebook.projection='pca'",
+  ),
+  (
+    lambda c: c.stage != LLM_STAGE and codes(c) <= c.codebook.code_dim,
+    "text.vocab_size={c.text.vocab_size} leaves {codes} ids for images, after "
+    "about {reserved} control and byte tokens; codebook.code_dim="
+    "{c.codebook.code_dim} needs more codes than dimensions: set "
+    "text.vocab_size to at least {smallest_vocab}",
+  ),
+  (
+    lambda c: c.llm.num_heads % c.llm.num_kv_heads,
+    "llm.num_heads={c.llm.num_heads} is not a multiple of llm.num_kv_heads="
+    "{c.llm.num_kv_heads}: each key/value head serves equally many query heads",
+  ),
+  (
+    lambda c: c.llm.head_dim % 2,
+    "llm.head_dim={c.llm.head_dim} is odd, but rotary embeddings turn pairs: "
+    "set an even llm.head_dim",
+  ),
+  (
+    lambda c: c.instruct.lora_rank > c.llm.embed_dim,
+    "instruct.lora_rank={c.instruct.lora_rank} is more than the matrices have, "
+    "llm.embed_dim={c.llm.embed_dim}: set it to 4 to 64 or so",
+  ),
+  (
+    lambda c: (
+      c.llm.rope_scaling.factor > 1
+      and c.llm.rope_scaling.low_freq_factor
+      >= c.llm.rope_scaling.high_freq_factor
+    ),
+    "llm.rope_scaling.low_freq_factor={c.llm.rope_scaling.low_freq_factor} "
+    "must be below llm.rope_scaling.high_freq_factor="
+    "{c.llm.rope_scaling.high_freq_factor}: between them the stretch blends in",
+  ),
+)
+# And what cannot be trained.
+_IMPOSSIBLE = (
+  (
+    lambda c: c.data.shift >= c.image_size,
+    "data.shift={c.data.shift} moves images of image_size={c.image_size} out "
+    "of sight: set it to a few pixels",
+  ),
+  (
+    lambda c: c.tokenizer.loss.l1 + c.tokenizer.loss.l2 == 0,
+    "tokenizer.loss.l1=0 and tokenizer.loss.l2=0 leave nothing to reconstruct: "
+    "set one of them above 0",
   ),
   (
     lambda c: (
@@ -507,29 +578,6 @@ _IMPOSSIBLE = (
     "codebook.update_rule='ema' with codebook.paradigm="
     "{c.codebook.paradigm!r}, which trains no table of its own: set "
     "codebook.update_rule='gradient'",
-  ),
-  (
-    lambda c: c.stage != "tokenizer" and c.codebook.code_dim > c.llm.embed_dim,
-    "codebook.code_dim={c.codebook.code_dim} is larger than llm.embed_dim="
-    "{c.llm.embed_dim}, from which codes are projected: set codebook.code_dim "
-    "to at most {c.llm.embed_dim} (16 to 32 works best)",
-  ),
-  (
-    lambda c: (
-      c.stage != "tokenizer"
-      and c.codebook.projection == "identity"
-      and c.codebook.code_dim != c.llm.embed_dim
-    ),
-    "codebook.projection='identity' with codebook.code_dim="
-    "{c.codebook.code_dim} and llm.embed_dim={c.llm.embed_dim}: set "
-    "codebook.code_dim={c.llm.embed_dim} or codebook.projection='pca'",
-  ),
-  (
-    lambda c: codes(c) <= c.codebook.code_dim,
-    "text.vocab_size={c.text.vocab_size} leaves {codes} ids for images, after "
-    "about {reserved} control and byte tokens; codebook.code_dim="
-    "{c.codebook.code_dim} needs more codes than dimensions: set "
-    "text.vocab_size to at least {smallest_vocab}",
   ),
   (
     lambda c: (
@@ -565,16 +613,6 @@ _IMPOSSIBLE = (
     lambda c: c.text.image_start == c.text.image_end,
     "text.image_start and text.image_end are both {c.text.image_start!r}: name "
     "two different tokens of the vocabulary",
-  ),
-  (
-    lambda c: c.llm.num_heads % c.llm.num_kv_heads,
-    "llm.num_heads={c.llm.num_heads} is not a multiple of llm.num_kv_heads="
-    "{c.llm.num_kv_heads}: each key/value head serves equally many query heads",
-  ),
-  (
-    lambda c: c.llm.head_dim % 2,
-    "llm.head_dim={c.llm.head_dim} is odd, but rotary embeddings turn pairs: "
-    "set an even llm.head_dim",
   ),
   (
     lambda c: c.alarm.perplexity_floor > c.text.vocab_size,
@@ -670,11 +708,6 @@ _IMPOSSIBLE = (
     "features, not codes: leave data.codes unset",
   ),
   (
-    lambda c: c.instruct.lora_rank > c.llm.embed_dim,
-    "instruct.lora_rank={c.instruct.lora_rank} is more than the matrices have, "
-    "llm.embed_dim={c.llm.embed_dim}: set it to 4 to 64 or so",
-  ),
-  (
     lambda c: c.instruct.lora_rank and not c.instruct.lora_alpha,
     "instruct.lora_alpha=0 with instruct.lora_rank={c.instruct.lora_rank} "
     "leaves nothing to learn: set it above 0",
@@ -701,9 +734,12 @@ _IMPOSSIBLE = (
     "positions: set it to at most {positions}",
   ),
   (
-    lambda c: not c.data.embedded or set(c.data.embedded) - {*EMBEDDED_SOURCES},
+    lambda c: (
+      set(c.data.embedded) - {*EMBEDDED_SOURCES}
+      or len(set(c.data.embedded)) < len(c.data.embedded)
+    ),
     "data.embedded={c.data.embedded} must name one or more of "
-    f"{EMBEDDED_SOURCES}",
+    f"{EMBEDDED_SOURCES}, each once",
   ),
   (
     lambda c: (
@@ -778,6 +814,34 @@ def validate(config: ConfigDict) -> ConfigDict:
     ConfigError: If a key is unknown or missing, or a value is of the wrong
       type, outside its range or set, or impossible beside another.
   """
+  check_model(config)
+  _check_choice("stage", config.stage, STAGES)
+  _check_possible(config, _IMPOSSIBLE)
+  values = flatten(config)
+  for key, exists, what in _PATHS:
+    if values[key] is not None and not exists(values[key]):
+      raise ConfigError(
+        f"{key}={_shown(values[key])} is not {what}: correct the path"
+      )
+  return config
+
+
+def check_model(config: ConfigDict) -> ConfigDict:
+  """Checks every value by itself, and whether there can be such a model.
+
+  That is what can be asked of the config of a run that was trained elsewhere,
+  whose data may be gone, before anything is made of it.
+
+  Args:
+    config: A config, from anywhere.
+
+  Returns:
+    The same config.
+
+  Raises:
+    ConfigError: As `validate`, but for data, paths and what only training
+      needs.
+  """
   values = flatten(config)
   for key, value in values.items():
     _check_type(key, value)
@@ -787,15 +851,26 @@ def validate(config: ConfigDict) -> ConfigDict:
         f"{key} is missing: start from unicode_jax.config.default_config()"
       )
   for key, choices in _CHOICES.items():
-    if values[key] not in choices:
-      raise ConfigError(
-        f"{key}={values[key]!r} must be one of "
-        + ", ".join(repr(choice) for choice in choices)
-      )
+    _check_choice(key, values[key], choices)
   for key, value in values.items():
     _check_range(key, value)
+  _check_possible(config, _IMPOSSIBLE_MODELS)
+  return config
+
+
+def _check_choice(key: str, value: Any, choices: Sequence[Any]) -> None:
+  """Raises ConfigError where a value is none of a few."""
+  if value not in choices:
+    raise ConfigError(
+      f"{key}={_shown(value)} must be one of "
+      + ", ".join(repr(choice) for choice in choices)
+    )
+
+
+def _check_possible(config: ConfigDict, impossible) -> None:
+  """Raises ConfigError where one of some combinations is the config's."""
   scale = downsampling(config)
-  for broken, message in _IMPOSSIBLE:
+  for broken, message in impossible:
     if broken(config):
       raise ConfigError(
         message.format(
@@ -812,12 +887,6 @@ def validate(config: ConfigDict) -> ConfigDict:
           - codes(config),
         )
       )
-  for key, exists, what in _PATHS:
-    if values[key] is not None and not exists(values[key]):
-      raise ConfigError(
-        f"{key}={values[key]!r} is not {what}: correct the path"
-      )
-  return config
 
 
 # What a stage takes from the run that it starts from: the model, and what is
@@ -909,13 +978,12 @@ def inherit(
 def _inherit_llm(config: ConfigDict, chosen: Sequence[str]) -> ConfigDict:
   """Gives stage I the language model of `llm_from`, and its tokenizer."""
   where = f"llm_from={config.llm_from!r}"
-  path = os.path.join(config.llm_from, "config.json")
-  if not os.path.isfile(path):
+  if not os.path.isfile(os.path.join(config.llm_from, "config.json")):
     raise ConfigError(
       f"{where} holds no language model (no config.json in it): import one "
       "with python -m unicode_jax.convert --path=DIR --out=RUN"
     )
-  start = from_json(path)
+  start = read_run(config.llm_from)
   if start.stage == "tokenizer" or (
     start.stage == "instruct" and start.instruct.vision != "unified"
   ):
@@ -972,10 +1040,17 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
   rest = num_devices // known
   filled = {axis: rest if n == -1 else n for axis, n in sizes.items()}
   if math.prod(filled.values()) != num_devices:
-    named = " x ".join(f"mesh.{axis}={n}" for axis, n in sizes.items())
+    chosen = [f"mesh.{axis}={n}" for axis, n in sizes.items() if n > 1]
+    if -1 in sizes.values():
+      fitting = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+      remedy = f"use one that divides them ({', '.join(map(str, fitting))})"
+      if len(chosen) > 1:
+        remedy += ", all of them together"
+    else:
+      remedy = "set mesh.data=-1, which takes what the others leave over"
     raise ConfigError(
-      f"{named} does not cover the {num_devices} devices: set mesh.data=-1, "
-      "and the others to numbers whose product divides that of the devices"
+      f"{' x '.join(chosen) or 'mesh.data=1'} does not cover the {num_devices} "
+      f"device{'s' if num_devices > 1 else ''}: {remedy}"
     )
   tensor = filled["tensor"]
   if config.stage != "tokenizer" and config.llm.num_heads % tensor:
@@ -995,6 +1070,33 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         f"devices (mesh.data x mesh.fsdp{times}): set it to a multiple of "
         f"{parts}, such as {parts * math.ceil(batch / parts)}"
       )
+
+
+# (setting, lowest, highest, remedy), both ends allowed.
+_SAMPLING = (
+  ("temperature", 0, 1e6, "use a number of at least 0; 0 is greedy"),
+  ("top_k", 0, _MOST, "use 0 (all ids) or more"),
+  ("top_p", 1e-9, 1, "use a number in (0, 1]; 1 keeps all ids"),
+  ("guidance", 0, 1e6, "use a number of at least 0; 1 is off"),
+  ("max_new_tokens", 1, 2**16, "use at least 1, and what memory holds"),
+)
+
+
+def check_sampling(settings: Mapping[str, float]) -> None:
+  """Checks settings of `sampling.SamplingConfig`, without importing JAX.
+
+  Args:
+    settings: Values by name; others than SamplingConfig's are passed over.
+
+  Raises:
+    ConfigError: If one is out of its range, or no whole number where it must.
+  """
+  for name, low, high, remedy in _SAMPLING:
+    value = settings.get(name, high)
+    if not low <= value <= high:
+      raise ConfigError(f"{name}={value}: {remedy}")
+    if name in ("top_k", "max_new_tokens") and value != int(value):
+      raise ConfigError(f"{name}={value}: use a whole number")
 
 
 def apply_overrides(
@@ -1067,7 +1169,7 @@ def flatten(
   """Returns the leaves of a config by dotted key, each with `prefix`."""
   leaves = {}
   for key, value in tree.items():
-    if isinstance(value, ConfigDict | dict):
+    if isinstance(value, ConfigDict | dict) and value:
       leaves |= flatten(value, f"{prefix}{key}.")
     else:
       leaves[prefix + key] = value
@@ -1124,6 +1226,18 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
+def parse_json(text: str) -> Any:
+  """Returns what JSON text says.
+
+  Raises:
+    ValueError: It is not JSON, or nested so deeply that it cannot be read.
+  """
+  try:
+    return json.loads(text)
+  except RecursionError:
+    raise ValueError("it is nested too deeply") from None
+
+
 # Keys of earlier versions that changed nothing but how a model began.
 _RETIRED = ("codebook.embedding_boost",)
 
@@ -1142,7 +1256,7 @@ def from_json(path: str | os.PathLike[str]) -> ConfigDict:
   """
   with open(path, encoding="utf-8") as file:
     try:
-      tree = json.load(file)
+      tree = parse_json(file.read())
     except ValueError as error:
       raise ConfigError(f"{path} is not JSON: {error}") from None
   if not isinstance(tree, dict):
@@ -1170,7 +1284,7 @@ def read_run(
   Raises:
     ConfigError: If the folder holds no run.
   """
-  workdir = pathlib.Path(workdir).expanduser()
+  workdir = pathlib.Path(os.path.expanduser(workdir))
   path = workdir / "config.json"
   if not path.is_file():
     links = sorted(
@@ -1182,12 +1296,15 @@ def read_run(
     raise ConfigError(
       f"{workdir} holds no run (no config.json in it): {remedy}"
     )
-  if '"model_type"' in path.read_text(encoding="utf-8"):
+  if b'"model_type"' in path.read_bytes():
     raise ConfigError(
       f"{workdir} holds a Hugging Face model, not a run: import its language "
       f"model with python -m unicode_jax.convert --path={workdir} --out=RUN"
     )
-  return from_json(path)
+  try:
+    return check_model(from_json(path))
+  except ConfigError as error:
+    raise ConfigError(f"{path} describes no run: {error}") from None
 
 
 def starts(config: ConfigDict) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
@@ -1199,10 +1316,13 @@ def starts(config: ConfigDict) -> Iterator[tuple[pathlib.Path, ConfigDict]]:
   Yields:
     Run folder and config, the nearest first; that of stage I is the last.
   """
-  while config.stage == "instruct":
+  seen = set()
+  while config.stage == "instruct" and config.init_from is not None:
     workdir = pathlib.Path(config.init_from)
-    if not (workdir / "config.json").is_file():
+    # One that names itself would be followed for ever.
+    if workdir in seen or not (workdir / "config.json").is_file():
       return
+    seen.add(workdir)
     config = read_run(workdir)
     yield workdir, config
 
@@ -1219,22 +1339,31 @@ def load(spec: str) -> ConfigDict:
   Raises:
     ConfigError: If there is no such file or preset.
   """
-  path, _, preset = spec.partition(":") if ".py:" in spec else (spec, "", "")
-  if not os.path.isfile(path):
-    raise ConfigError(
-      f"--config={spec}: there is no file {path!r}; name "
-      "configs/quickstart.py, pretrain.py, instruct.py or tokenizer.py there, "
-      "or a run's config.json"
-    )
+  path, preset = _split_spec(spec)
   if path.endswith(".json"):
     return from_json(path)
   get_config = runpy.run_path(path).get("get_config")
-  if get_config is None:
+  config = get_config(preset) if callable(get_config) else None
+  if not isinstance(config, ConfigDict):
     raise ConfigError(
-      f"--config={spec}: {path!r} defines no get_config(preset): write one "
-      "that returns a ConfigDict, as configs/pretrain.py does"
+      f"--config={spec}: {path!r} defines no get_config(preset) that returns a "
+      "ConfigDict: write one, as configs/pretrain.py does"
     )
-  return get_config(preset)
+  return config
+
+
+def _split_spec(spec: str) -> tuple[str, str]:
+  """Returns the file that --config names, which is there, and the preset."""
+  path, _, preset = spec.partition(":") if ".py:" in spec else (spec, "", "")
+  # Nothing but .py is run as a program, and JSON is never.
+  if not os.path.isfile(path) or not path.endswith((".py", ".json")):
+    what = "no .py or .json" if os.path.isfile(path) else "no file"
+    raise ConfigError(
+      f"--config={spec}: there is {what} {path!r}; name "
+      "configs/quickstart.py, pretrain.py, instruct.py or tokenizer.py there, "
+      "or a run's config.json"
+    )
+  return path, preset
 
 
 def load_links(spec: str) -> dict[str, ConfigDict]:
@@ -1251,8 +1380,8 @@ def load_links(spec: str) -> dict[str, ConfigDict]:
   Raises:
     ConfigError: As `load`.
   """
-  path, _, preset = spec.partition(":") if ".py:" in spec else (spec, "", "")
-  if os.path.isfile(path) and path.endswith(".py"):
+  path, preset = _split_spec(spec)
+  if path.endswith(".py"):
     get_chain = runpy.run_path(path).get("get_chain")
     if get_chain is not None:
       return dict(get_chain(preset))
@@ -1386,8 +1515,10 @@ def _read(key: str, text: str) -> Any:
   if kind is bool:
     return {"true": True, "false": False}.get(text.lower(), text)
   try:
-    value = ast.literal_eval(text)
-  except (SyntaxError, ValueError):
+    with warnings.catch_warnings(action="ignore"):  # Of "1if" and the like.
+      value = ast.literal_eval(text)
+  # The last three where brackets and signs are stacked, or a key is a list.
+  except (SyntaxError, ValueError, MemoryError, RecursionError, TypeError):
     value = tuple(text.split(",")) if kind is tuple else text
   return (value,) if kind is tuple and not isinstance(value, tuple) else value
 
@@ -1398,23 +1529,83 @@ def _check_type(key: str, value: Any) -> Any:
   kind, default = _schema()[key]
   if value is None and default is None:
     return None
-  if kind is tuple and isinstance(value, tuple | list) and value:
+  if kind is tuple:
     element = type(default[0])
-    items = tuple(_convert(item, element) for item in value)
-    if None not in items:
+    given = value if isinstance(value, tuple | list) else ()
+    items = tuple(_convert(item, element) for item in given)
+    if 0 < len(items) <= _LONGEST and None not in items:
+      for item in items:
+        _check_text(key, item)
       return items
   elif (converted := _convert(value, kind)) is not None:
+    _check_text(key, converted)
     return converted
-  wanted = _WANTED.get(kind) or "a list like " + ",".join(map(str, default))
-  raise ConfigError(
-    f"{key}={value!r} is {type(value).__name__}, but must be {wanted}"
+  wanted = _WANTED.get(kind) or (
+    f"a list of 1 to {_LONGEST} like " + ",".join(map(str, default))
   )
+  raise ConfigError(
+    f"{key}={_shown(value)} is {type(value).__name__}, but must be {wanted}"
+  )
+
+
+# Of a list; no other than channel_multipliers needs more than two.
+_LONGEST = 16
+
+
+def _check_text(key: str, text: Any) -> None:
+  """Raises ConfigError where text cannot name anything."""
+  if not isinstance(text, str):
+    return
+  if not text and key not in _MAY_BE_EMPTY:
+    unset = ", or none to unset it" if _schema()[key][1] is None else ""
+    raise ConfigError(f"{key}='' is empty: give a value{unset}")
+  if "\0" in text or not _is_unicode(text):
+    raise ConfigError(
+      f"{key}={_shown(text)} is no Unicode text: give one without zero bytes "
+      "and halves of characters"
+    )
+  if len(text) > _MOST_TEXT:
+    raise ConfigError(
+      f"{key}={_shown(text)} has {len(text)} characters: give at most "
+      f"{_MOST_TEXT}"
+    )
+  # It becomes a part of a folder's name.
+  if key == "preset" and not re.fullmatch(r"[\w.-]*", text):
+    raise ConfigError(
+      f"{key}={_shown(text)} must be letters, digits, dots and dashes"
+    )
+
+
+_MOST_TEXT = 1024
+# What a value of "" means something for.
+_MAY_BE_EMPTY = ("preset",)
+
+
+def _is_unicode(text: str) -> bool:
+  """Says whether text can be written: JSON can spell half a character."""
+  try:
+    text.encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
+def _shown(value: Any) -> str:
+  """Returns a value as a message shows it, however large it is."""
+  try:
+    text = repr(value).replace("\n", " ")
+  except (ValueError, RecursionError):  # Too many digits, or too deep.
+    text = f"a {type(value).__name__}"
+  return text if len(text) <= 200 else f"{text[:150]}...{text[-20:]}"
 
 
 def _convert(value: Any, kind: type) -> Any:
   """Returns `value` as `kind`, or None where that would lose its meaning."""
   if kind is float and type(value) in (int, float):
-    return float(value) if math.isfinite(value) else None
+    try:
+      return float(value) if math.isfinite(value) else None
+    except OverflowError:  # Of a whole number.
+      return None
   return value if type(value) is kind else None
 
 
@@ -1429,10 +1620,12 @@ def _check_range(key: str, value: Any) -> None:
         for low, high, patterns in _RANGES
         if any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
       ),
-      (1 if isinstance(number, int) else 0, math.inf),
+      (1, _MOST) if isinstance(number, int) else (0, _LARGEST),
     )
     if not low <= number <= high:
-      bounds = (
-        f"at least {low}" if high == math.inf else f"between {low} and {high}"
+      bounds = f"between {low} and {high}"
+      if high > 1:  # Where the highest is no more than a limit.
+        bounds = f"at least {low}" if number < low else f"at most {high}"
+      raise ConfigError(
+        f"{key}={_shown(value)} must be {bounds}{_HINTS.get(key, '')}"
       )
-      raise ConfigError(f"{key}={value} must be {bounds}{_HINTS.get(key, '')}")

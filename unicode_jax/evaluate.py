@@ -16,6 +16,7 @@ Writes results.json and report.md to RUN/evaluation, or to --out.
 
 from collections.abc import Mapping
 import functools
+import os
 import pathlib
 
 from absl import flags
@@ -33,15 +34,23 @@ _OUT = flags.DEFINE_string(
   "out", None, "Folder for the results; by default WORKDIR/evaluation."
 )
 _STEP = flags.DEFINE_integer(
-  "step", None, "Checkpoint to evaluate; by default the newest."
+  "step", None, "Checkpoint to evaluate; by default the newest.", lower_bound=0
 )
 _MAX_IMAGES = flags.DEFINE_integer(
   "max_images",
   None,
   "Pictures of each held-out set, and drawings of each kind, at most; by "
   "default all, and some hundred drawings.",
+  lower_bound=1,
+  upper_bound=10**9,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of what is drawn at random.")
+_SEED = flags.DEFINE_integer(
+  "seed",
+  0,
+  "Seed of what is drawn at random.",
+  lower_bound=0,
+  upper_bound=2**31 - 1,
+)
 _GUIDANCE = flags.DEFINE_float(
   "guidance",
   None,
@@ -65,7 +74,13 @@ def main(overrides: Mapping[str, str]) -> None:
     ConfigError: If the run, the data or a flag is of no use.
   """
   names = report.parse_suites(_SUITES.value)
-  workdir = pathlib.Path(_WORKDIR.value).expanduser()
+  features = tuple(_FEATURES.value.split(","))
+  for name in features:
+    report.check_feature_network(name)
+  if _GUIDANCE.value is not None:
+    config_lib.check_sampling({"guidance": _GUIDANCE.value})
+  config_lib.apply_overrides(config_lib.default_config(), overrides)
+  workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
   config_lib.read_run(workdir)
   # JAX takes seconds to import.
   from unicode_jax import inference  # pylint: disable=g-import-not-at-top
@@ -76,11 +91,11 @@ def main(overrides: Mapping[str, str]) -> None:
     max_images=_MAX_IMAGES.value,
     seed=_SEED.value,
     guidance=_GUIDANCE.value,
-    features=tuple(_FEATURES.value.split(",")),
+    features=features,
   )
   model = inference.load(workdir, _STEP.value)
   data = bench.load_data(model.loaded, overrides)
-  out = pathlib.Path(_OUT.value or workdir / "evaluation").expanduser()
+  out = pathlib.Path(os.path.expanduser(_OUT.value or workdir / "evaluation"))
   suites.evaluate(
     model, data, settings, out, say=functools.partial(print, flush=True)
   )

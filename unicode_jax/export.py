@@ -10,10 +10,12 @@ model card that says how. `--workdir` is a run of stage I or II, or what
 """
 
 import os
+import re
 
 from absl import flags
 
 from unicode_jax import command, config as config_lib
+from unicode_jax.convert import folders
 
 
 def main() -> None:
@@ -23,16 +25,23 @@ def main() -> None:
     ConfigError: If a flag names nothing that can be exported.
   """
   values = flags.FLAGS
+  out = folders.new(values.out)
+  if values.license and not re.fullmatch(r"[\w.+-]+", values.license):
+    raise config_lib.ConfigError(
+      f"--license={values.license!r} must be a name as model hubs spell it, "
+      "such as apache-2.0"
+    )
+  stage = config_lib.read_run(values.workdir).stage
   os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax import loading
   from unicode_jax.convert import exporting
 
-  if config_lib.read_run(values.workdir).stage in ("pretrain", "instruct"):
+  if stage in ("pretrain", "instruct"):
     loaded = loading.load(values.workdir, values.step)
   else:
     loaded = loading.load_llm(values.workdir, values.step)
-  out = exporting.export(loaded, values.out, values.dtype, values.license)
+  exporting.export(loaded, out, values.dtype, values.license)
   print(f"exported to {out}")
 
 
@@ -40,7 +49,9 @@ def run() -> None:
   """Runs the command; exit statuses are those of `unicode_jax.command`."""
   flags.DEFINE_string("workdir", None, "Run folder.", required=True)
   flags.DEFINE_string("out", None, "Folder to make.", required=True)
-  flags.DEFINE_integer("step", None, "Which checkpoint; the newest if unset.")
+  flags.DEFINE_integer(
+    "step", None, "Which checkpoint; the newest if unset.", lower_bound=0
+  )
   flags.DEFINE_enum(
     "dtype",
     "float32",

@@ -29,9 +29,11 @@ from unicode_jax import command, config as config_lib
 
 FORMATS = ("grid", "files")
 _MAX_SEED = 2**31 - 1
+_MAX_NUM = 4096  # All of them are held in memory.
 # Pixels: tiles of a grid are at least this large, a caption's line, and a sheet
 # of narrow rows as wide as its captions up to this.
 _MIN_TILE, _GAP, _LINE, _MIN_SHEET = 96, 2, 15, 480
+_MAX_TITLE = 1000  # Characters; no line has room for them.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +108,25 @@ def draw(
   Raises:
     ConfigError: If a value cannot be used, or the run cannot draw.
   """
-  rows = [*_rows(prompts, class_labels)]
-  if num < 1:
-    raise config_lib.ConfigError(f"--num={num}: draw at least 1 picture")
+  for flag, texts in (("prompt", prompts), ("class_label", class_labels)):
+    for text in texts:
+      if not text.strip():
+        raise config_lib.ConfigError(
+          f"--{flag}={text!r} is empty: say what to draw; without the flag "
+          "whatever comes is drawn"
+        )
+  if not 1 <= num <= _MAX_NUM:
+    raise config_lib.ConfigError(
+      f"--num={num}: draw at least 1 picture, and at most {_MAX_NUM}"
+    )
   if not 0 <= seed <= _MAX_SEED:
     raise config_lib.ConfigError(
       f"--seed={seed}: use a number from 0 to {_MAX_SEED}"
     )
   out = _checked_out(out, form)
+  config_lib.check_sampling(settings)
+  config_lib.read_run(workdir)
+  rows = [*_rows(prompts, class_labels)]
   # JAX takes seconds to import, so only flags that can work get to it.
   import numpy as np  # pylint: disable=g-import-not-at-top
 
@@ -151,17 +164,15 @@ def _rows(prompts, class_labels):
   """Yields the rows that are asked for."""
   from unicode_jax.data import tasks  # pylint: disable=g-import-not-at-top
 
-  for flag, texts, ask in (
-    ("prompt", prompts, tasks.draw_question),
-    ("class_label", class_labels, tasks.class_question),
+  for texts, ask in (
+    (prompts, tasks.draw_question),
+    (class_labels, tasks.class_question),
   ):
     for text in texts:
-      if not text.strip():
-        raise config_lib.ConfigError(
-          f"--{flag}={text!r} is empty: say what to draw; without the flag "
-          "whatever comes is drawn"
-        )
-      yield Row(" ".join(text.split()), ask(text.strip()))
+      title = " ".join(text.split())
+      if len(title) > _MAX_TITLE:
+        title = f"{title[:_MAX_TITLE]}..."
+      yield Row(title, ask(text.strip()))
   if not prompts and not class_labels:
     yield Row("unconditional", tasks.UNCONDITIONAL)
 
@@ -174,7 +185,7 @@ def _checked_out(out, form: str) -> pathlib.Path:
     )
   if out is None:
     out = "drawings.png" if form == "grid" else "drawings"
-  path = pathlib.Path(out).expanduser()
+  path = pathlib.Path(os.path.expanduser(out))
   folder = path.parent
   if not folder.is_dir():
     raise config_lib.ConfigError(
@@ -282,7 +293,9 @@ def run() -> None:
     "grid: one PNG, a row per prompt, enlarged; files: one PNG per picture, "
     "pixel for pixel.",
   )
-  flags.DEFINE_integer("step", None, "Checkpoint; by default the newest.")
+  flags.DEFINE_integer(
+    "step", None, "Checkpoint; by default the newest.", lower_bound=0
+  )
   flags.DEFINE_integer("seed", 0, "Seed of what is drawn at random.")
   flags.DEFINE_float("temperature", 1.0, "Divides the logits; 0 is greedy.")
   flags.DEFINE_integer("top_k", 0, "Only the k likeliest codes; 0 for all.")

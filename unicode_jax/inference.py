@@ -24,11 +24,14 @@ import numpy as np
 from PIL import Image
 
 from unicode_jax import config as config_lib, loading, sampling as sampling_lib
-from unicode_jax.data import sequences, sources, tasks
+from unicode_jax.data import sequences, sources, tasks, text_files
 from unicode_jax.models import llama as llama_lib
 from unicode_jax.training import instruct_step, pictures
 
 BATCH = 64  # Images or prompts at a time.
+# A prompt of more rows of training than this has no use, and takes memory for
+# each of its positions.
+_MAX_ROWS = 16
 # What answering and drawing use unless told otherwise.
 ANSWER_SAMPLING = sampling_lib.SamplingConfig(temperature=0.0)
 DRAW_SAMPLING = sampling_lib.SamplingConfig(top_k=0, top_p=0.95, guidance=2.0)
@@ -93,18 +96,13 @@ def open_image(file: str | os.PathLike[str], image_size: int) -> np.ndarray:
     ConfigError: if there is no such file, or it is no image.
   """
   try:
-    with Image.open(file) as opened:
-      size = opened.size
+    size = sources.stored_size(file)
     image = sources.decode_image(file, image_size)
-  except (
-    OSError,
-    ValueError,
-    SyntaxError,
-    Image.DecompressionBombError,
-  ) as error:
+  except (OSError, ValueError, SyntaxError) as error:
+    reason = error.strerror if isinstance(error, OSError) else None
     raise config_lib.ConfigError(
-      f"cannot read the image {str(file)!r} ({error}): name a file that Pillow "
-      "can open"
+      f"cannot read the image {str(file)!r} ({reason or error}): name a file "
+      f"of one of the kinds {', '.join(sources.IMAGE_SUFFIXES)}"
     ) from error
   if min(size) < image_size:
     warnings.warn(
@@ -149,7 +147,7 @@ def load(
   Raises:
     ConfigError: as `loading.load`, or if the run cannot draw.
   """
-  path = pathlib.Path(workdir).expanduser() / "config.json"
+  path = pathlib.Path(os.path.expanduser(workdir)) / "config.json"
   if draws and path.is_file():
     _check_draws(config_lib.from_json(path), workdir)
   return UniCodeModel(loading.load(workdir, step))
@@ -294,11 +292,24 @@ class UniCodeModel:
     )
 
   def prompt(self, question: Question, draw: bool = False) -> np.ndarray:
-    """Returns the ids int32[n, D] that the model reads before it answers."""
+    """Returns the ids int32[n, D] that the model reads before it answers.
+
+    Raises:
+      ConfigError: the question is no text, or far too long.
+    """
     _check_speaks(self.loaded.config, self.loaded.workdir)
     if question.codes is not None or draw:
       _check_draws(self.loaded.config, self.loaded.workdir)
-    return sequences.encode_prompt(
+    parts = question.parts
+    try:
+      for part in (parts,) if isinstance(parts, str) else parts:
+        if isinstance(part, str):
+          text_files.check_text(part)
+    except ValueError as error:
+      raise config_lib.ConfigError(
+        f"the prompt {str(part)[:60]!r} cannot be read: {error}"
+      ) from error
+    ids = sequences.encode_prompt(
       question.history,
       question.parts,
       self.loaded.text_tokenizer,
@@ -306,6 +317,13 @@ class UniCodeModel:
       () if question.codes is None else list(question.codes),
       draw=draw,
     )
+    limit = _MAX_ROWS * self.loaded.config.text.sequence_length
+    if len(ids) > limit:
+      raise config_lib.ConfigError(
+        f"a prompt of {len(ids)} positions is more than {limit}, {_MAX_ROWS} "
+        "times what the model was trained on (text.sequence_length): shorten it"
+      )
+    return ids
 
   def answer(
     self,

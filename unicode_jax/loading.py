@@ -35,8 +35,7 @@ from unicode_jax.nn import rope
 from unicode_jax.training import checkpoint
 
 TEXT_TOKENIZER = "text_tokenizer"
-# In the config of an imported language model, which no stage trained.
-LLM_STAGE = "llm"
+LLM_STAGE = config_lib.LLM_STAGE
 
 
 def build_llama(config) -> llama_lib.LlamaConfig | None:
@@ -260,7 +259,7 @@ def load_llm(
 def _find(workdir):
   """Returns folder and config of a run."""
   config = config_lib.read_run(workdir)
-  return pathlib.Path(workdir).expanduser(), config
+  return pathlib.Path(os.path.expanduser(workdir)), config
 
 
 def _restore(workdir: pathlib.Path, config, step: int | None, shapes, mesh):

@@ -96,6 +96,16 @@ def prepare(
     ConfigError: If a value is bad, there is no data, too much of it is broken,
       or `out` holds other data.
   """
+  for flag, value, low, high in (
+    ("image_size", image_size, 1, 2**14),
+    ("shard_size", shard_size, 1, 10**9),
+    ("workers", workers, 1, 1024),
+    ("max_broken", max_broken, 0, 1),
+  ):
+    if value is not None and not low <= value <= high:
+      raise config_lib.ConfigError(
+        f"--{flag}={value} must be between {low} and {high}"
+      )
   columns = {
     "image_column": image_column,
     "caption_column": caption_column,
@@ -107,6 +117,10 @@ def prepare(
       raise config_lib.ConfigError(
         f"--{flag}={value} is not read with --from={source}: leave it out"
       )
+  if captions is not None and not os.path.isfile(os.path.expanduser(captions)):
+    raise config_lib.ConfigError(
+      f"--captions={captions!r} is not a file: name one of JSON lines"
+    )
   from unicode_jax.data.prepared import (
     from_folder,
     from_parquet,
@@ -129,7 +143,7 @@ def prepare(
     raise config_lib.ConfigError(
       f"--from={source} must be one of {', '.join(FORMATS)}"
     )
-  folder = Path(out).expanduser()
+  folder = Path(os.path.expanduser(out))
   wanted = manifest_lib.new_manifest(
     inputs, {"from": source, **columns}, settings, path
   )
@@ -160,7 +174,7 @@ def check(out: str | os.PathLike[str]) -> None:
   from unicode_jax.data.prepared import manifest as manifest_lib
 
   files, headers = manifest_lib.open_prepared(
-    Path(out).expanduser(), thorough=True
+    Path(os.path.expanduser(out)), thorough=True
   )
   print(f"{out} is whole: {len(headers)} images in {len(files)} shards")
 
@@ -230,23 +244,17 @@ def run() -> None:
     None,
     "Cut images whose shorter side is longer to squares of so many pixels, "
     "stored as PNG, for training at this size; by default files are kept.",
-    lower_bound=1,
   )
-  flags.DEFINE_integer(
-    "shard_size", 8192, "Images in one file at the most.", lower_bound=1
-  )
+  flags.DEFINE_integer("shard_size", 8192, "Images in one file at the most.")
   flags.DEFINE_integer(
     "workers",
     None,
     "Processes, by default one per core; the result is the same.",
-    lower_bound=1,
   )
   flags.DEFINE_float(
     "max_broken",
     0.1,
     "Share of the inputs that may be broken (10 always may).",
-    lower_bound=0,
-    upper_bound=1,
   )
   flags.DEFINE_bool("check", False, "Compare a finished --out with checksums.")
   command.run(main, "the same command goes on from here")

@@ -23,7 +23,6 @@ is no beam search and no sharding of its own; sharded parameters keep theirs.
 from collections.abc import Collection, Sequence
 import dataclasses
 import functools
-import math
 
 import flax
 import jax
@@ -63,28 +62,7 @@ class SamplingConfig:
   max_new_tokens: int = 64
 
   def __post_init__(self):
-    for name, good, remedy in (
-      (
-        "temperature",
-        0 <= self.temperature < math.inf,
-        "use a number of at least 0; 0 is greedy",
-      ),
-      ("top_k", self.top_k >= 0, "use 0 (all ids) or more"),
-      ("top_p", 0 < self.top_p <= 1, "use a number in (0, 1]; 1 keeps all ids"),
-      (
-        "guidance",
-        0 <= self.guidance < math.inf,
-        "use a number of at least 0; 1 is off",
-      ),
-      ("max_new_tokens", self.max_new_tokens >= 1, "use at least 1"),
-    ):
-      if not good:
-        raise config_lib.ConfigError(f"{name}={getattr(self, name)}: {remedy}")
-    for name in ("top_k", "max_new_tokens"):
-      if getattr(self, name) != int(getattr(self, name)):
-        raise config_lib.ConfigError(
-          f"{name}={getattr(self, name)}: use a whole number"
-        )
+    config_lib.check_sampling(dataclasses.asdict(self))
 
 
 @flax.struct.dataclass

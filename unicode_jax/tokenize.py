@@ -64,6 +64,7 @@ def encode_data_set(
         f"--config.{key} cannot be set here: --config.data.KEY=VALUE names the "
         "images, and the run decides all else"
       )
+  config_lib.read_run(workdir)
   # JAX takes seconds to import, so only flags that can work get to it.
   import jax
 
@@ -107,6 +108,7 @@ def run() -> None:
     None,
     "Images in one file, by default 8192; an interruption loses at most one.",
     lower_bound=1,
+    upper_bound=10**9,
   )
   command.run(main, "the same command goes on from here", overrides=True)
 

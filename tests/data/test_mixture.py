@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import pickle
 
+from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
@@ -598,3 +599,40 @@ def test_real_images_and_questions(openmoji, easy_vqa, bpe):
       assert used == set(range(FIRST_SLOT, FIRST_SLOT + images * PER_IMAGE))
       shown = batch["images"][row].reshape(made.max_images, -1).any(axis=1)
       assert shown.sum() == images
+
+
+WORDS = st.text("ab ", max_size=12)
+
+
+@given(
+  st.lists(
+    st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4).map(tuple),
+    min_size=1,
+    max_size=6,
+  ),
+  st.integers(12, 60),
+  st.integers(0, 2**31 - 1),
+)
+@settings(deadline=None, max_examples=150)
+def test_no_row_holds_a_part_of_an_image(bpe, said, length, seed):
+  """Nor a conversation without an answer, however short rows are."""
+  examples = [
+    tasks.Example(i, turns, reads=True, independent=True)
+    for i, turns in enumerate(said)
+  ]
+  settings_ = config(sequence_length=length, first_slot=bpe.vocab_size)
+  try:
+    rows = mixture.TaskRows("vqa", examples, bpe, settings_)
+  except config_lib.ConfigError as error:
+    assert "text.sequence_length" in str(error)
+    return
+  rng = np.random.default_rng(seed)
+  for index in range(len(rows)):
+    row, shown = rows.build(index, rng)
+    ids = row["token_ids"]
+    wanted = np.arange(len(shown) * PER_IMAGE) + bpe.vocab_size
+    assert sorted(ids[ids >= bpe.vocab_size]) == wanted.tolist()
+    assert len(shown) == row["segment_ids"].max() <= rows.max_images
+    for segment in range(1, len(shown) + 1):
+      inside = row["segment_ids"] == segment
+      assert row["loss_mask"][inside].any()

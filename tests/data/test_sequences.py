@@ -312,6 +312,85 @@ def test_filled_slots_are_the_codes(bpe, turns, template, place, seed):
   np.testing.assert_array_equal(with_slots.image_mask, with_codes.image_mask)
 
 
+WHOLE = TEXTS | st.lists(
+  TEXTS | st.builds(ImageSpan, st.integers(0, 1)), min_size=1, max_size=3
+).map(tuple)
+
+
+@given(
+  st.lists(st.tuples(WHOLE, WHOLE), min_size=1, max_size=3).map(tuple),
+  st.sampled_from(TEMPLATES),
+)
+@settings(deadline=None, max_examples=200)
+def test_an_image_takes_its_positions_wherever_it_stands(bpe, turns, template):
+  """P where it is read, P D where it is drawn, and every slot each time."""
+  positions, depth, first_slot = 3, 2, bpe.vocab_size
+  stand_ins = sequences.slots(first_slot, 2, positions, depth)
+  encoded = sequences.encode_conversation(
+    Conversation(turns), bpe, layout(template, depth=depth), stand_ins
+  )
+  read, drawn = (
+    [
+      part.index
+      for turn in turns
+      for part in (turn[side] if isinstance(turn[side], tuple) else ())
+      if isinstance(part, ImageSpan)
+    ]
+    for side in (0, 1)
+  )
+  ids = whole(encoded)
+  assert (ids[:, 1] >= 0).sum() == len(read) * positions
+  assert encoded.image_mask.sum() == len(drawn) * positions * depth
+  wanted = [slot for i in read + drawn for slot in stand_ins[i].ravel()]
+  assert sorted(ids[ids >= first_slot]) == sorted(wanted)
+
+
+@given(
+  st.lists(TURNS, min_size=1, max_size=5),
+  st.sampled_from(TEMPLATES),
+  st.integers(5, 90),
+)
+@settings(deadline=None, max_examples=200)
+def test_rows_keep_conversations_apart_however_they_are_cut(
+  bpe, conversations, template, capacity
+):
+  form = layout(template, depth=2)
+  encoded = [
+    sequences.encode_conversation(Conversation(turns), bpe, form, ARRAYS)
+    for turns in conversations
+  ]
+  cut = [
+    sequences.EncodedConversation(*(piece[:capacity] for piece in e))
+    for e in encoded
+  ]
+  for chosen in sequences.plan_packing([len(e.labels) for e in cut], capacity):
+    row = sequences.pack_row([cut[i] for i in chosen], capacity, 2)
+    assert {k: (v.dtype.name, v.shape) for k, v in row.items()} == {
+      "token_ids": ("int32", (capacity, 2)),
+      "labels": ("int32", (capacity,)),
+      "loss_mask": ("float32", (capacity,)),
+      "image_mask": ("bool", (capacity,)),
+      "positions": ("int32", (capacity,)),
+      "segment_ids": ("int32", (capacity,)),
+    }
+    start = 0
+    for segment, i in enumerate(chosen, 1):
+      stop = start + len(cut[i].labels)
+      own = {name: values[start:stop] for name, values in row.items()}
+      assert (own["segment_ids"] == segment).all()
+      assert own["positions"].tolist() == list(range(stop - start))
+      for name, values in cut[i]._asdict().items():
+        np.testing.assert_array_equal(own[name], values)
+      # The next input of the same conversation, also where it was cut off.
+      np.testing.assert_array_equal(own["token_ids"][1:, 0], own["labels"][:-1])
+      assert own["labels"][-1] == whole(encoded[i])[stop - start, 0]
+      start = stop
+    padding = {name: values[start:] for name, values in row.items()}
+    assert (padding.pop("token_ids") == -1).all()
+    assert not any(values.any() for values in padding.values())
+    assert (row["loss_mask"] >= row["image_mask"]).all()
+
+
 def test_slots_are_counted_like_codes():
   one, two = sequences.slots(50, 2, 2, 3)
   assert one.tolist() == [[50, 51, 52], [53, 54, 55]]

@@ -12,6 +12,7 @@ import os
 from absl import flags
 
 from unicode_jax import command
+from unicode_jax.convert import folders
 
 
 def main() -> None:
@@ -21,11 +22,12 @@ def main() -> None:
     ConfigError: If a flag names nothing that can be imported.
   """
   values = flags.FLAGS
+  path, out = folders.source(values.path), folders.new(values.out)
   os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax.convert import importing
 
-  print(f"imported to {importing.import_checkpoint(values.path, values.out)}")
+  print(f"imported to {importing.import_checkpoint(path, out)}")
 
 
 def run() -> None:

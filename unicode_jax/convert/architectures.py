@@ -19,6 +19,8 @@ FAMILIES = {
   "qwen2": {"qkv_bias": True},
   "qwen3": {"qk_norm": True},
 }
+# No model has a larger one; many layers would be listed before they are missed.
+_LARGEST_SIZE, _MOST_LAYERS, _LARGEST_NUMBER = 2**24, 4096, 1e30
 # What a config of each type leaves out, where it is not LLaMA's.
 _RMS_NORM_EPS = 1e-6
 # Keys with the only value that this model has; others would be another model.
@@ -45,16 +47,16 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
       names it.
   """
   kind = config.get("model_type")
-  if kind not in FAMILIES:
+  if not isinstance(kind, str) or kind not in FAMILIES:
     raise config_lib.ConfigError(
-      f"model_type={kind!r} is not one that can be imported: "
+      f"model_type={kind!r:.99} is not one that can be imported: "
       f"{', '.join(FAMILIES)}"
     )
   for key, value in _REQUIRED.items():
     if config.get(key, value) != value:
       raise config_lib.ConfigError(
-        f"config.json says {key}={config[key]!r}, but only {value!r} can be "
-        "imported: choose another checkpoint"
+        f"config.json says {key}={config[key]!r:.99}, but only {value!r} can "
+        "be imported: choose another checkpoint"
       )
   if config.get("attention_bias", False) and kind != "qwen2":
     raise config_lib.ConfigError(
@@ -64,18 +66,19 @@ def from_hugging_face(config: Mapping[str, Any]) -> dict[str, Any]:
   heads = _needed(config, "num_attention_heads")
   embed_dim = _needed(config, "hidden_size")
   theta, scaling = _rope(config)
+  norm_eps = config.get("rms_norm_eps", _RMS_NORM_EPS)
   return {
     "vocab_size": _needed(config, "vocab_size"),
     "embed_dim": embed_dim,
-    "num_layers": _needed(config, "num_hidden_layers"),
+    "num_layers": _needed(config, "num_hidden_layers", most=_MOST_LAYERS),
     "num_heads": heads,
-    "num_kv_heads": config.get("num_key_value_heads") or heads,
+    "num_kv_heads": _needed(config, "num_key_value_heads", heads),
     "mlp_dim": _needed(config, "intermediate_size"),
     # Qwen3's default is not the quotient, so its configs name it.
-    "head_dim": config.get("head_dim") or embed_dim // heads,
+    "head_dim": _needed(config, "head_dim", embed_dim // heads),
     "rope_theta": theta,
     "rope_scaling": scaling,
-    "norm_eps": config.get("rms_norm_eps", _RMS_NORM_EPS),
+    "norm_eps": _number("rms_norm_eps", norm_eps),
     "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
     "qkv_bias": FAMILIES[kind].get("qkv_bias", False),
     "qk_norm": FAMILIES[kind].get("qk_norm", False),
@@ -158,34 +161,61 @@ _CLASS_NAMES = {
 }
 
 
-def _needed(config, key: str) -> int:
+def _needed(
+  config, key: str, default: int | None = None, most: int = _LARGEST_SIZE
+) -> int:
   """Returns a size without which there is no model."""
   value = config.get(key)
-  if not isinstance(value, int) or value < 1:
+  if value is None:
+    value = default
+  if type(value) is not int or not 1 <= value <= most:
     raise config_lib.ConfigError(
-      f"config.json has {key}={value!r}: it must be a whole number above 0"
+      f"config.json has {key}={value!r:.99}: it must be a whole number from 1 "
+      f"to {most}"
+    )
+  return value
+
+
+def _number(key: str, value: Any) -> float:
+  """Returns a number, as a fraction."""
+  # Compared as it is: a whole number may be beyond any fraction.
+  if type(value) not in (int, float) or not abs(value) < _LARGEST_NUMBER:
+    raise config_lib.ConfigError(
+      f"config.json has {key}={value!r:.99}: it must be a number"
+    )
+  return float(value)
+
+
+def _section(config, key: str) -> Mapping[str, Any]:
+  """Returns an object inside the config, empty if it is not there."""
+  value = config.get(key) or {}
+  if not isinstance(value, Mapping):
+    raise config_lib.ConfigError(
+      f"config.json has {key}={value!r:.99}: it must be an object"
     )
   return value
 
 
 def _rope(config) -> tuple[float, rope.RopeScaling | None]:
   """Returns theta and scaling, from either of the two spellings."""
-  parameters = config.get("rope_parameters") or {}
-  scaling = parameters or config.get("rope_scaling") or {}
+  parameters = _section(config, "rope_parameters")
+  scaling = parameters or _section(config, "rope_scaling")
   theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+  theta = _number("rope_theta", theta)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
   if kind == "default":
-    return float(theta), None
+    return theta, None
   if kind != "llama3":
     raise config_lib.ConfigError(
-      f"config.json scales RoPE by rope_type={kind!r}: only 'llama3' and none "
-      "can be imported"
+      f"config.json scales RoPE by rope_type={kind!r:.99}: only 'llama3' and "
+      "none can be imported"
     )
   try:
-    return float(theta), rope.RopeScaling(
-      factor=scaling["factor"],
-      low_freq_factor=scaling["low_freq_factor"],
-      high_freq_factor=scaling["high_freq_factor"],
+    return theta, rope.RopeScaling(
+      **{
+        key: _number(key, scaling[key])
+        for key in ("factor", "low_freq_factor", "high_freq_factor")
+      },
       original_max_position=scaling["original_max_position_embeddings"],
     )
   except KeyError as error:
@@ -199,15 +229,21 @@ def _window(config, kind: str) -> int | None:
   window = config.get("sliding_window")
   if kind == "llama":
     return None  # Its model ignores the key.
+  if window is not None:
+    window = _needed(config, "sliding_window")
   if kind == "mistral":
     return window
   layers = config.get("layer_types")
   if layers is None:
     if not config.get("use_sliding_window", False):
       return None
-    first = config.get("max_window_layers", 28)
+    first = _number("max_window_layers", config.get("max_window_layers", 28))
     count = config["num_hidden_layers"]
     layers = ["sliding_attention" if i >= first else "" for i in range(count)]
+  if not isinstance(layers, list) or not layers:
+    raise config_lib.ConfigError(
+      f"config.json has layer_types={layers!r:.99}: it must be a list"
+    )
   spans = {window if kind == "sliding_attention" else None for kind in layers}
   if len(spans) > 1:
     raise config_lib.ConfigError(

@@ -45,20 +45,17 @@ def import_checkpoint(path, out) -> pathlib.Path:
     ConfigError: nothing fit to import is there, or `out` is; says which tensor,
       setting or file.
   """
-  path, out = pathlib.Path(path).expanduser(), folders.new(out)
-  if not path.exists():
-    raise config_lib.ConfigError(f"--path={path} is not there")
+  path, out = folders.source(path), folders.new(out)
   gguf = path.is_file()
   if gguf:
     reader = readers.GGUFReader(path)
     description = gguf_description(reader.metadata, reader.shapes)
   else:
-    description = _json(path / "config.json")
+    description = read_description(path / "config.json")
     reader = readers.SafetensorsReader(path)
-  llama = llama_lib.LlamaConfig(**architectures.from_hugging_face(description))
+  llama, config = describe(description, str(path))
   entries = names.table(llama, gguf)
   names.check(entries, reader.shapes, str(path), llama.tie_embeddings)
-  config = run_config(llama, description.get("max_position_embeddings"))
 
   with folders.filled(out) as work:
     tokenizer = _save_tokenizer(path, work / loading.TEXT_TOKENIZER)
@@ -94,6 +91,29 @@ def import_checkpoint(path, out) -> pathlib.Path:
     )
   logging.info("imported %s to %s", path, out)
   return out
+
+
+def describe(description: dict, where: str):
+  """Checks a description, before anything is made of the sizes that it tells.
+
+  Args:
+    description: Hugging Face's `config.json`.
+    where: what to call the checkpoint.
+
+  Returns:
+    `LlamaConfig`, and the config of the run folder.
+
+  Raises:
+    ConfigError: there is no such model.
+  """
+  settings = architectures.from_hugging_face(description)
+  try:
+    llama = llama_lib.LlamaConfig(**settings)
+    return llama, run_config(llama, description.get("max_position_embeddings"))
+  except ValueError as error:
+    raise config_lib.ConfigError(
+      f"{where} describes a model that cannot be: {error}"
+    ) from None
 
 
 def read_parameters(
@@ -147,8 +167,8 @@ def gguf_description(metadata, shapes) -> dict:
   kind = metadata.get("general.architecture")
   if kind != "llama":
     raise config_lib.ConfigError(
-      f"a GGUF file of architecture {kind!r} cannot be imported, only 'llama': "
-      "import the model's Hugging Face folder"
+      f"a GGUF file of architecture {kind!r:.99} cannot be imported, only "
+      "'llama': import the model's Hugging Face folder"
     )
 
   def value(name, default=None):
@@ -163,7 +183,7 @@ def gguf_description(metadata, shapes) -> dict:
     raise config_lib.ConfigError(
       "the GGUF file scales RoPE: import the model's Hugging Face folder"
     )
-  rows = shapes.get("token_embd.weight", [value("vocab_size")])[0]
+  rows = (*shapes.get("token_embd.weight", ()), value("vocab_size"))[0]
   return {
     "model_type": "llama",
     "vocab_size": rows,
@@ -196,7 +216,7 @@ def run_config(llama: llama_lib.LlamaConfig, context_length: int | None):
         }
     else:
       changes[f"llm.{key}"] = value
-  return config_lib.apply_overrides(config, changes)
+  return config_lib.check_model(config_lib.apply_overrides(config, changes))
 
 
 def _save_tokenizer(
@@ -206,9 +226,19 @@ def _save_tokenizer(
   if path.is_file():
     import transformers  # pylint: disable=g-import-not-at-top
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-      path.parent, gguf_file=path.name
-    )
+    try:
+      tokenizer = transformers.AutoTokenizer.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        local_files_only=True,
+        trust_remote_code=False,
+      )
+    except Exception as error:  # Of any type, none of them documented.
+      reason = str(error).strip().partition("\n")[0]
+      raise config_lib.ConfigError(
+        f"the tokenizer in {path} cannot be read ({reason}): import the "
+        "model's Hugging Face folder"
+      ) from error
     with tempfile.TemporaryDirectory() as saved:
       tokenizer.save_pretrained(saved)
       return _save_tokenizer(pathlib.Path(saved), folder)
@@ -217,18 +247,20 @@ def _save_tokenizer(
   template = path / "chat_template.jinja"
   if template.is_file():
     file = folder / "tokenizer_config.json"
-    settings = _json(file) | {"chat_template": template.read_text("utf-8")}
+    settings = read_description(file)
+    settings["chat_template"] = template.read_text("utf-8")
     file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
   return tokenizer
 
 
-def _json(path: pathlib.Path) -> dict:
-  """Reads a JSON file."""
+def read_description(path: pathlib.Path) -> dict:
+  """Reads a JSON object."""
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError as error:
-    raise config_lib.ConfigError(
-      f"{path} is not there: name the folder of a Hugging Face checkpoint"
-    ) from error
+    found = config_lib.parse_json(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise config_lib.ConfigError(f"{path} is not JSON: {error}") from error
+  if not isinstance(found, dict):
+    raise config_lib.ConfigError(
+      f"{path} holds {type(found).__name__}, not an object: fetch it again"
+    )
+  return found

@@ -5,12 +5,11 @@ numbers are those that `evaluate` left in the run folder for the same step; they
 travel along as a report with its pictures.
 """
 
-import json
 import logging
 import pathlib
 import shutil
 
-from unicode_jax import loading
+from unicode_jax import config as config_lib, loading
 
 _EVALUATION = "evaluation"
 # Embedded data: what it is, and whose.
@@ -196,20 +195,32 @@ def _evaluation(
   command = "`python -m unicode_jax.evaluate` before exporting"
   if there is None or not (there / "results.json").is_file():
     return [f"Not evaluated: run {command}.", ""]
-  results = json.loads((there / "results.json").read_text(encoding="utf-8"))
-  step = results.get("run", {}).get("step")
+  file = there / "results.json"
+  try:
+    results = config_lib.parse_json(file.read_text(encoding="utf-8"))
+    step = results.get("run", {}).get("step")
+    suites = {
+      name: dict(entry.get("results") or {})
+      for name, entry in results["suites"].items()
+    }
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise config_lib.ConfigError(
+      f"{file} cannot be read ({error!r:.99}): evaluate the run again, or move "
+      "the file away"
+    ) from None
   if step != llm.step:
     logging.warning(
       "the evaluation in %s is of step %s, not of %d: left out",
       *(there, step, llm.step),
     )
     return [f"Not evaluated at this step, {llm.step}: run {command}.", ""]
-  shutil.copytree(there, folder / _EVALUATION)
+  # Not what links lead to: an export is published.
+  shutil.copytree(there, folder / _EVALUATION, ignore=_links)
   lines = ["Held-out data, one seed:", "", "| | on | |", "|---|---|---|"]
   for title, (suite, path, form) in _HEADLINES.items():
     if visual is None and suite != "text":
       continue  # Of what this folder leaves out.
-    entry = results["suites"].get(suite, {}).get("results") or {}
+    entry = suites.get(suite, {})
     for name, value in entry.items():
       for key in path:
         value = value.get(key, {}) if isinstance(value, dict) else None
@@ -222,6 +233,11 @@ def _evaluation(
     f"({_EVALUATION}/report.md).",
     "",
   ]
+
+
+def _links(folder: str, names: list[str]) -> list[str]:
+  """Returns which names in a folder are links."""
+  return [n for n in names if (pathlib.Path(folder) / n).is_symlink()]
 
 
 def _licence(config, licence: str | None) -> str:

@@ -336,9 +336,11 @@ class UniCodeForConditionalGeneration(nn.Module):
     hub = _hub(kwargs)
     kwargs.pop("trust_remote_code", None)
     if config is None:
-      config = transformers.AutoConfig.from_pretrained(path, **hub)
+      config = transformers.AutoConfig.from_pretrained(
+        path, trust_remote_code=False, **hub
+      )
     language_model = transformers.AutoModelForCausalLM.from_pretrained(
-      path, *args, config=config, **kwargs
+      path, *args, config=config, trust_remote_code=False, **kwargs
     )
     model = cls(config, language_model)
     weights = safetensors.torch.load_file(cached_file(path, WEIGHTS, **hub))
@@ -663,7 +665,9 @@ class UniCodeProcessor:
   def from_pretrained(cls, path, **kwargs):
     """Loads what an exported checkpoint has of it, by folder or hub name."""
     hub = _hub(kwargs)
-    config = transformers.AutoConfig.from_pretrained(path, **hub)
+    config = transformers.AutoConfig.from_pretrained(
+      path, trust_remote_code=False, **hub
+    )
     file = cached_file(path, TOKENIZER, **hub)
     return cls(config.unicode, tokenizers.Tokenizer.from_file(file))
 

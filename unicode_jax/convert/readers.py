@@ -7,7 +7,6 @@ Safetensors, one file or several with an index, and GGUF. Pickled checkpoints
 from collections.abc import Mapping
 import contextlib
 import functools
-import json
 import pathlib
 from typing import Any, Protocol
 
@@ -18,6 +17,8 @@ import safetensors
 from unicode_jax import config as config_lib
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+# Weights of others are quantized, and mean nothing by themselves.
+_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 class Reader(Protocol):
@@ -48,16 +49,25 @@ class SafetensorsReader:
     self.folder = folder
     self._files = {}
     self.shapes = {}
+    types = {}
     for path in self._paths():
       try:
         with _open(path) as file:
           for name in file.keys():  # noqa: SIM118, it is no mapping.
+            tensor = file.get_slice(name)
             self._files[name] = path
-            self.shapes[name] = tuple(file.get_slice(name).get_shape())
+            self.shapes[name] = tuple(tensor.get_shape())
+            types[name] = tensor.get_dtype()
       except Exception as error:  # Its own type, which is not public.
         raise config_lib.ConfigError(
           f"{path} is not a whole safetensors file ({error}): fetch it again"
         ) from error
+    for name, kind in types.items():
+      if kind not in _DTYPES:
+        raise config_lib.ConfigError(
+          f"{folder}: {name} is of type {kind}, but only {', '.join(_DTYPES)} "
+          "can be imported: fetch the checkpoint that is not quantized"
+        )
 
   def _paths(self) -> list[pathlib.Path]:
     if (self.folder / _SINGLE).is_file():
@@ -77,10 +87,11 @@ class SafetensorsReader:
         )
       )
     try:
-      names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+      found = config_lib.parse_json(index.read_text("utf-8"))
+      names = sorted(set(found["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
       raise config_lib.ConfigError(
-        f"{index} is not an index of tensors ({error!r}): fetch it again"
+        f"{index} is not an index of tensors ({error!r:.99}): fetch it again"
       ) from error
     for name in names:
       # A plain name: an index must not lead out of its folder.
@@ -110,6 +121,23 @@ def _open(path: pathlib.Path):
     yield file
 
 
+def _bounded(gguf):
+  """Returns the package's reader, of a file that may end anywhere.
+
+  Behind the end it would read empty arrays, and so count to 2**60 where a
+  header says that there is so much.
+  """
+
+  class Bounded(gguf.GGUFReader):
+    def _get(self, offset, dtype, count=1, override_order=None):
+      values = super()._get(offset, dtype, count, override_order)
+      if len(values) != int(count):
+        raise ValueError(f"it ends before what it has at byte {offset}")
+      return values
+
+  return Bounded
+
+
 class GGUFReader:
   """A GGUF file's weights; quantized ones are expanded as they are read."""
 
@@ -131,7 +159,7 @@ class GGUFReader:
       ) from error
     self._gguf = gguf
     try:
-      self._reader = gguf.GGUFReader(path)
+      self._reader = _bounded(gguf)(path)
     except Exception as error:
       raise config_lib.ConfigError(
         f"{path} is not a whole GGUF file ({error}): fetch it again, or name "
@@ -147,11 +175,16 @@ class GGUFReader:
   @functools.cached_property
   def metadata(self) -> dict[str, Any]:
     """Says what the file does of its model, without the tokenizer's lists."""
-    return {
-      name: field.contents()
-      for name, field in self._reader.fields.items()
-      if not name.startswith("tokenizer.")
-    }
+    try:
+      return {
+        name: field.contents()
+        for name, field in self._reader.fields.items()
+        if not name.startswith("tokenizer.")
+      }
+    except (ValueError, IndexError, TypeError) as error:
+      raise config_lib.ConfigError(
+        f"the GGUF file's header is damaged ({error}): fetch it again"
+      ) from error
 
   def read(self, name: str) -> np.ndarray:
     """Returns one tensor."""

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 
 # Raise it when the decoding of images or the fields kept with them change.
 _FORMAT = 1
@@ -51,7 +52,7 @@ class CachedImages(NamedTuple):
 def default_cache_dir() -> Path:
   """Returns $UNICODE_JAX_CACHE, or ~/.cache/unicode_jax where that is unset."""
   configured = os.environ.get("UNICODE_JAX_CACHE")
-  return Path(configured or "~/.cache/unicode_jax").expanduser()
+  return Path(os.path.expanduser(configured or "~/.cache/unicode_jax"))
 
 
 def cached_images(
@@ -80,28 +81,50 @@ def cached_images(
     max_broken: how many broken images to skip before giving up.
 
   Raises:
-    ConfigError: more than `max_broken` images are broken, or none is readable.
+    ConfigError: more than `max_broken` images are broken, or none is readable;
+      or the cache is damaged.
   """
-  root = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+  root = default_cache_dir()
+  if cache_dir:
+    root = Path(os.path.expanduser(cache_dir))
   key = json.dumps([_FORMAT, source, version, image_size, list(contents)])
   digest = hashlib.sha256(key.encode()).hexdigest()[:16]
   folder = root / f"{source}-{image_size}-{digest}"
   if not folder.is_dir():
     _write(folder, contents, decode, image_size, max_broken)
-  meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-  broken = [tuple(entry) for entry in meta["broken"]]
+  cached = _read(folder, (len(contents), image_size, image_size, 3))
+  broken = cached.broken
   _check_broken(broken, len(contents), max_broken)  # It may be lower now.
   if broken:
-    shown = "; ".join(f"{name}: {reason}" for name, reason in broken[:10])
     logging.warning(
       "%s: skipped %d of %d images that could not be read: %s%s",
       source,
       len(broken),
       len(contents),
-      shown,
+      "; ".join(_shown(broken)),
       "; ..." if len(broken) > 10 else "",
     )
-  return CachedImages(folder / "images.npy", meta["items"], broken)
+  return cached
+
+
+def _read(folder: Path, shape: tuple[int, ...]) -> CachedImages:
+  """Opens a cache folder; a ConfigError where it is not what was written."""
+  path = folder / "images.npy"
+  try:
+    found = np.load(path, mmap_mode="r")
+    if found.shape != shape or found.dtype != np.uint8:
+      raise ValueError(f"{path.name} holds {found.dtype}{list(found.shape)}")
+    text = (folder / "meta.json").read_text(encoding="utf-8")
+    meta = text_files.parse_json(text)
+    if not all(0 <= item["row"] < len(found) for item in meta["items"]):
+      raise ValueError("meta.json names rows that are not there")
+    broken = [(name, reason) for name, reason in meta["broken"]]
+  except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    raise config_lib.ConfigError(
+      f"the image cache {folder} is damaged ({type(error).__name__}: {error}): "
+      "remove that folder, and it is made again"
+    ) from error
+  return CachedImages(path, meta["items"], broken)
 
 
 def _write(
@@ -120,7 +143,7 @@ def _write(
       ignore_cleanup_errors=True,
     )
   except OSError as error:
-    raise OSError(
+    raise config_lib.ConfigError(
       f"cannot write the image cache in {folder.parent} ({error}); set "
       "config.data.cache_dir or $UNICODE_JAX_CACHE to a writable folder"
     ) from error
@@ -159,8 +182,7 @@ def _write(
         _check_broken(broken, start + len(chunk), max_broken)
     if not items:
       raise config_lib.ConfigError(
-        f"none of the {len(contents)} images could be read: "
-        f"{broken[0][0]}: {broken[0][1]}"
+        f"none of the {len(contents)} images could be read: {_shown(broken)[0]}"
       )
     array.flush()
     meta = json.dumps({"items": items, "broken": broken})
@@ -179,7 +201,7 @@ def _check_broken(
   """Raises ConfigError where more images are broken than may be skipped."""
   if len(broken) <= max_broken:
     return
-  shown = "\n  ".join(f"{name}: {reason}" for name, reason in broken[:10])
+  shown = "\n  ".join(_shown(broken))
   raise config_lib.ConfigError(
     f"{len(broken)} of the first {tried} images cannot be read, more than the "
     f"{max_broken} that are skipped; remove or repair them"
@@ -187,3 +209,10 @@ def _check_broken(
     + (", or raise config.data.max_broken" if max_broken else "")
     + f":\n  {shown}"
   )
+
+
+def _shown(broken: Sequence[tuple[str, str]]) -> list[str]:
+  """Returns the first broken images, a line each."""
+  return [
+    text_files.printable(f"{name}: {reason}") for name, reason in broken[:10]
+  ]

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Sequence
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ class CodeWriter:
       ConfigError: the folder holds codes of another tokenizer or other images,
         or other files.
     """
-    self.folder, self.facts = Path(folder).expanduser(), facts
+    self.folder, self.facts = Path(os.path.expanduser(folder)), facts
     self.shards: list[Shard] = []
     self._plan = {"format": _FORMAT, **facts.to_json(), "sources": []}
     for source in sources:
@@ -317,8 +318,14 @@ class CodeReader:
     """Returns int32[views, P, D], of the views that the facts name."""
     if not 0 <= index < len(self):
       raise IndexError(f"image {index} of {len(self)}")
-    codes = np.frombuffer(self.records[index], self.facts.dtype)
-    return codes.reshape(self.facts.shape).astype(np.int32)
+    codes = np.frombuffer(self.records[index], np.uint8)
+    if codes.nbytes != self.facts.dtype.itemsize * math.prod(self.facts.shape):
+      raise config_lib.ConfigError(
+        f"the codes of image {index} are not {list(self.facts.shape)}, as the "
+        f"manifest beside them says: {_AGAIN}"
+      )
+    codes = codes.view(self.facts.dtype).reshape(self.facts.shape)
+    return codes.astype(np.int32)
 
 
 def open_codes(
@@ -345,7 +352,7 @@ def open_codes(
     ConfigError: no finished folder; codes of another tokenizer or of other
       images; other views; a shard that is missing or damaged.
   """
-  folder = Path(folder).expanduser()
+  folder = Path(os.path.expanduser(folder))
   path = folder / _MANIFEST
   if not path.is_file():
     if (folder / _UNFINISHED).is_file():
@@ -393,15 +400,43 @@ def _check_made_for(
   """Raises ConfigError where codes are of another tokenizer (H12)."""
   if found.get("format") != _FORMAT:
     raise config_lib.ConfigError(
-      f"{folder} holds codes of format {found.get('format')}, and this version "
-      f"reads {_FORMAT}: {_AGAIN}"
+      f"{folder} holds codes of format {found.get('format')!r:.20}, and this "
+      f"version reads {_FORMAT}: {_AGAIN}"
     )
+  try:
+    _check_form(folder, found)
+  except (TypeError, KeyError, ValueError, AttributeError) as error:
+    raise config_lib.ConfigError(
+      f"the manifest of {folder} is damaged ({error!r:.99}): {_AGAIN}"
+    ) from None
   if found["fingerprint"] != fingerprint:
     raise config_lib.ConfigError(
       f"the codes in {folder} were made by another tokenizer (fingerprint "
       f"{found['fingerprint'][:16]}, and this one's is {fingerprint[:16]}): "
       f"{_AGAIN}"
     )
+
+
+def _check_form(folder: Path, found: dict[str, Any]) -> None:
+  """Raises an exception unless a manifest has the form that is written."""
+  facts = CodeFacts.from_json(found)
+  sizes = facts.vocab_size, facts.positions, facts.depth
+  moves = [move for view in facts.views for move in view]
+  if not isinstance(facts.fingerprint, str) or not all(
+    isinstance(number, int) for number in (*sizes, *moves)
+  ):
+    raise TypeError("facts")
+  if min(sizes) < 1 or facts.vocab_size > 2**31 or not facts.views:
+    raise ValueError("facts")
+  for source in found["sources"]:
+    counts = [source["count"], *(s["count"] for s in source["shards"])]
+    names = source["name"], source["items"]
+    if not all(isinstance(count, int) for count in counts) or not all(
+      isinstance(name, str) for name in names
+    ):
+      raise TypeError("sources")
+    for shard in source["shards"]:
+      shard_files.inside(folder, shard["file"], f"the manifest of {folder}")
 
 
 def _check_same_images(

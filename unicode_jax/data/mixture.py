@@ -69,6 +69,9 @@ class MixtureConfig:
   views: tuple[views_lib.View, ...] = (views_lib.AS_IS,)
 
 
+_KEPT_LENGTH = 1024  # Characters of a text whose ids are remembered.
+
+
 class _CachedEncoder:
   """A text tokenizer that remembers: few texts occur in most questions."""
 
@@ -76,7 +79,13 @@ class _CachedEncoder:
     self._tokenizer = tokenizer
     self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
     self.token_id = functools.cache(tokenizer.token_id)
-    self.encode = functools.lru_cache(65536)(tokenizer.encode)
+    self._kept = functools.lru_cache(65536)(tokenizer.encode)
+
+  def encode(self, text: str) -> list[int]:
+    """As the tokenizer; long texts would fill the memory, and rarely return."""
+    if len(text) > _KEPT_LENGTH:
+      return self._tokenizer.encode(text)
+    return self._kept(text)
 
   def __reduce__(self):
     return _CachedEncoder, (self._tokenizer,)

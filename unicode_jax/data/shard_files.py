@@ -96,6 +96,16 @@ def begun(path: Path) -> Path:
   return path.with_suffix(".tmp")
 
 
+def read_text(path: Path, remedy: str) -> str:
+  """Reads a text file; a ConfigError where it is not UTF-8."""
+  try:
+    return path.read_text(encoding="utf-8")
+  except ValueError as error:
+    raise config_lib.ConfigError(
+      f"{path} is damaged ({error}): {remedy}"
+    ) from None
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
   """Reads what `write_json` wrote.
 
@@ -107,7 +117,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     ConfigError: it holds no JSON object.
   """
   try:
-    found = json.loads(path.read_text(encoding="utf-8"))
+    found = config_lib.parse_json(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise config_lib.ConfigError(
       f"{path} is damaged ({error}): {remedy}"
@@ -115,6 +125,31 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
   if not isinstance(found, dict):
     raise config_lib.ConfigError(f"{path} is no manifest: {remedy}")
   return found
+
+
+def inside(folder: Path, name: Any, where: str) -> Path:
+  """Returns the file that a manifest names, which must be in its own folder.
+
+  Args:
+    folder: of the manifest.
+    name: what it says.
+    where: the manifest, for the message.
+
+  Raises:
+    ConfigError: it is no plain name: a manifest must not lead out of its
+      folder.
+  """
+  if (
+    not isinstance(name, str)
+    or name in ("", "..")
+    or "\0" in name
+    or Path(name).name != name
+  ):
+    raise config_lib.ConfigError(
+      f"{where} names the file {name!r:.99}, which is not in its own folder: "
+      "get it again from where it is from"
+    )
+  return folder / name
 
 
 def _to_disk(path: Path) -> None:

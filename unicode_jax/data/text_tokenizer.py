@@ -57,10 +57,12 @@ class TextTokenizer:
       ConfigError: no end-of-sequence token is named or has a usual name.
     """
     self._json = tokenizer_json
-    spec = json.loads(tokenizer_json)
-    self._vocab = tokenizers.Tokenizer.from_str(tokenizer_json).get_vocab(
-      with_added_tokens=True
-    )
+    spec = config_lib.parse_json(tokenizer_json)
+    self._vocab = _from_str(tokenizer_json).get_vocab(with_added_tokens=True)
+    if not self._vocab:
+      raise config_lib.ConfigError(
+        "the tokenizer has no vocabulary: give a whole tokenizer.json"
+      )
     self._names = {id_: name for name, id_ in self._vocab.items()}
     self.vocab_size = max(self._vocab.values()) + 1
     self.bos_id = self._role(config, "bos")
@@ -78,6 +80,12 @@ class TextTokenizer:
       if id_ is not None:
         self._config[f"{role}_token"] = self._names[id_]
     added = spec.get("added_tokens") or []
+    for token in added:
+      if self._vocab.get(token["content"]) != token["id"]:
+        raise config_lib.ConfigError(
+          f"tokenizer.json gives the token {token['content']!r:.99} the id "
+          f"{token['id']}, which is not its own: fetch it again"
+        )
     self._added_ids = frozenset(token["id"] for token in added)
     unknown = spec["model"].get("unk_token")
     if "unk_id" in spec["model"]:  # Unigram
@@ -87,14 +95,23 @@ class TextTokenizer:
       token["id"] for token in added if token["content"].strip()
     ) | frozenset(special - {None})
     self.byte_ids = self._find_bytes(tokenizer_json)
-    self._text = tokenizers.Tokenizer.from_str(json.dumps(_plain(spec)))
+    self._text = _from_str(json.dumps(_plain(spec)))
     self._text.encode_special_tokens = True  # As text, that is.
+
+  def __reduce__(self):
+    # `encode_special_tokens` does not survive a trip to another process.
+    return TextTokenizer, (self._json, self._config)
 
   def _role(self, config: dict[str, Any], role: str) -> int | None:
     """Returns the id of bos, eos or pad."""
     named = config.get(f"{role}_token")
     if isinstance(named, dict):
       named = named.get("content")
+    if not isinstance(named, str | None):
+      raise config_lib.ConfigError(
+        f"tokenizer_config.json has {role}_token={named!r:.99}: it must be the "
+        "name of a token"
+      )
     if f"{role}_token" in config:
       return self.token_id(named) if named else None
     known = [self._vocab[n] for n in _USUAL_NAMES[role] if n in self._vocab]
@@ -132,8 +149,11 @@ class TextTokenizer:
     "</s>" in the text comes out as the pieces "<", "/s", ">" or the like. No
     space is put in front, as sentencepiece does at the start of a text, so the
     ids of pieces can be joined.
+
+    Raises:
+      ConfigError: the text is no Unicode: it has half of a surrogate pair.
     """
-    ids = self._text.encode(text, add_special_tokens=False).ids
+    ids = self._pieces(text)
     if self.control_ids.isdisjoint(ids):
       return ids
     # A model can spell a control token by merges (Llama 3, Unigram), or not
@@ -145,9 +165,23 @@ class TextTokenizer:
         kept.append(id_)
       elif len(name) > 1:
         for character in name:
-          pieces = self._text.encode(character, add_special_tokens=False).ids
+          pieces = self._pieces(character)
           kept.extend(i for i in pieces if i not in self.control_ids)
     return kept
+
+  def _pieces(self, text: str) -> list[int]:
+    try:
+      return self._text.encode(text, add_special_tokens=False).ids
+    except TypeError:
+      raise config_lib.ConfigError(
+        f"{text[:60]!r} is no text: it has half of a surrogate pair, or bytes "
+        "that are not UTF-8"
+      ) from None
+    except Exception as error:  # Of no type of its own.
+      raise config_lib.ConfigError(
+        f"the text tokenizer cannot encode {text!r:.99} ({error}): take one "
+        "that has a token for what it does not know"
+      ) from error
 
   def decode(self, ids: Iterable[int], *, skip_control: bool = True) -> str:
     """Returns the text of ids; control tokens by name unless skipped.
@@ -228,6 +262,29 @@ class TextTokenizer:
     There, `encode_special_tokens` must be set to the same effect.
     """
     self._text.save(str(path))
+
+
+def _from_str(text: str) -> tokenizers.Tokenizer:
+  """Makes a tokenizer of JSON that anyone may have written.
+
+  Raises:
+    ConfigError: it describes none.
+  """
+  try:
+    return tokenizers.Tokenizer.from_str(text)
+  # Its errors are of no type of their own, or of one that is no Exception:
+  # what panics in its Rust.
+  except BaseException as error:
+    if not isinstance(error, Exception) and not _is_panic(error):
+      raise
+    raise config_lib.ConfigError(
+      f"tokenizer.json describes no tokenizer ({error}): fetch it again"
+    ) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+  """Says whether an error is a panic of Rust, whose type is not public."""
+  return type(error).__name__ == "PanicException"
 
 
 def _plain(spec: dict[str, Any]) -> dict[str, Any]:
@@ -328,12 +385,13 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
   Raises:
     ConfigError: there is no tokenizer at that path.
   """
-  path = Path(path).expanduser()
+  path = Path(os.path.expanduser(path))
   file = path if path.is_file() else path / "tokenizer.json"
   if file.is_file():
     try:
       text = file.read_text(encoding="utf-8")
-      known = "model" in json.loads(text)
+      spec = config_lib.parse_json(text)
+      known = isinstance(spec, dict) and isinstance(spec.get("model"), dict)
     except ValueError:  # Not text, or not JSON.
       known = False
     if not known:
@@ -351,7 +409,10 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
 
   try:
     loaded = transformers.AutoTokenizer.from_pretrained(
-      path, local_files_only=True
+      # Or it would ask at the terminal whether to run code of the folder.
+      path,
+      local_files_only=True,
+      trust_remote_code=False,
     )
     text = loaded.backend_tokenizer.to_str()
   except (OSError, ValueError, ImportError, AttributeError) as error:
@@ -371,6 +432,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
   """Merges what the files beside a tokenizer.json say about its tokens."""
   config = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
-    if (folder / name).is_file():
-      config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    path = folder / name
+    if not path.is_file():
+      continue
+    try:
+      found = config_lib.parse_json(path.read_text(encoding="utf-8"))
+      if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    except ValueError as error:
+      raise config_lib.ConfigError(
+        f"{path} cannot be read ({error}): fetch it again"
+      ) from None
+    config |= found
   return config

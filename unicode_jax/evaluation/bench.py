@@ -74,6 +74,12 @@ class Settings:
         f"max_images={self.max_images} must be at least 1; leave it unset for "
         "all"
       )
+    if not 0 <= self.seed < 2**31:
+      raise config_lib.ConfigError(
+        f"seed={self.seed} must be between 0 and {2**31 - 1}"
+      )
+    if self.guidance is not None:
+      config_lib.check_sampling({"guidance": self.guidance})
 
   @property
   def drawing(self) -> sampling_lib.SamplingConfig:

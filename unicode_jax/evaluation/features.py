@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.evaluation import image_metrics
+from unicode_jax.evaluation import image_metrics, report
 from unicode_jax.training import perceptual
 
 _PIXELS_SIDE = 16
@@ -103,26 +103,14 @@ def load_feature_network(name: str = "pixels") -> FeatureNetwork:
     ConfigError: there is no such network, or something that it needs is
       missing.
   """
+  report.check_feature_network(name)
   if name == "pixels":
     return FeatureNetwork(
       "pixels", _PIXELS_SIDE**2 * 3, _pixel_features, chunk=1024
     )
   if name == "efficientnet-lite0":
     return _load_efficientnet()
-  if name.startswith("clip:"):
-    return load_clip(name.removeprefix("clip:")).network
-  if "inception" in name.lower() or name.lower() in ("fid", "kid"):
-    raise config_lib.ConfigError(
-      f"feature network {name!r} is missing: standard FID needs the "
-      "Inception-v3 of 2015 in its TensorFlow form; neither its layers nor its "
-      "weights (pt_inception-2015-12-05-6726825d.pth) come with this package "
-      "or one that it can use. Take efficientnet-lite0, whose numbers compare "
-      "with each other only, or score saved pictures with pytorch-fid"
-    )
-  raise config_lib.ConfigError(
-    f"no feature network {name!r}: choose pixels, efficientnet-lite0 or "
-    "clip:FOLDER"
-  )
+  return load_clip(name.removeprefix("clip:")).network
 
 
 def area_resize(images: np.ndarray, side: int) -> np.ndarray:
@@ -249,10 +237,11 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
     ConfigError: torch is missing, or the folder holds no CLIP.
   """
   torch = _require_torch(f"clip:{folder}")
-  path = Path(folder).expanduser()
+  path = Path(os.path.expanduser(folder))
   try:
-    kind = json.loads((path / "config.json").read_text("utf-8"))["model_type"]
-  except (OSError, ValueError, KeyError) as error:
+    text = (path / "config.json").read_text("utf-8")
+    kind = config_lib.parse_json(text)["model_type"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
     raise config_lib.ConfigError(
       f"clip:{folder} has no readable config.json: give the folder of a "
       "CLIP in transformers' layout; nothing is downloaded"
@@ -268,7 +257,7 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
       path, local_files_only=True, use_safetensors=True
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(
-      path, local_files_only=True
+      path, local_files_only=True, trust_remote_code=False
     )
   except (OSError, ValueError) as error:
     raise config_lib.ConfigError(

@@ -199,7 +199,8 @@ def train_judge(
   if cache_dir is not None:
     key = repr((_FORMAT, seed, steps, images.shape, split)).encode()
     digest = hashlib.sha256(key + np.ascontiguousarray(images).tobytes())
-    file = Path(cache_dir).expanduser() / f"judge-{digest.hexdigest()[:16]}.npz"
+    folder = Path(os.path.expanduser(cache_dir))
+    file = folder / f"judge-{digest.hexdigest()[:16]}.npz"
     if file.exists():
       with np.load(file) as arrays:
         return Judge(values, traverse_util.unflatten_dict(dict(arrays), "/"))

@@ -67,6 +67,42 @@ def parse_suites(text: str, flag: str = "--suites") -> tuple[str, ...]:
   return tuple(name for name in SUITES if name in names)
 
 
+FEATURES = ("pixels", "efficientnet-lite0")
+
+
+def check_feature_network(name: str) -> None:
+  """Checks the name of a network of `features`, without importing it.
+
+  Args:
+    name: one of FEATURES, or "clip:FOLDER".
+
+  Raises:
+    ConfigError: there is no such network, or folder.
+  """
+  if name in FEATURES:
+    return
+  if name.startswith("clip:"):
+    folder = os.path.expanduser(name.removeprefix("clip:"))
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+      raise config_lib.ConfigError(
+        f"{name} has no readable config.json: give the folder of a CLIP in "
+        "transformers' layout; nothing is downloaded"
+      )
+    return
+  if "inception" in name.lower() or name.lower() in ("fid", "kid"):
+    raise config_lib.ConfigError(
+      f"feature network {name!r} is missing: standard FID needs the "
+      "Inception-v3 of 2015 in its TensorFlow form; neither its layers nor its "
+      "weights (pt_inception-2015-12-05-6726825d.pth) come with this package "
+      "or one that it can use. Take efficientnet-lite0, whose numbers compare "
+      "with each other only, or score saved pictures with pytorch-fid"
+    )
+  raise config_lib.ConfigError(
+    f"no feature network {name!r}: choose pixels, efficientnet-lite0 or "
+    "clip:FOLDER"
+  )
+
+
 def read(out: Path) -> dict[str, Any]:
   """Returns what `write` wrote, {"run": {}, "suites": {}} where nothing is.
 
@@ -80,10 +116,10 @@ def read(out: Path) -> dict[str, Any]:
   if not path.exists():
     return {"run": {}, "suites": {}}
   try:
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(results["suites"], dict):
+    results = config_lib.parse_json(path.read_text(encoding="utf-8"))
+    if not all(isinstance(v, dict) for v in results["suites"].values()):
       raise TypeError("suites")
-  except (ValueError, KeyError, TypeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise config_lib.ConfigError(
       f"{path} cannot be read ({error!r}): move it away, or name another --out"
     ) from error

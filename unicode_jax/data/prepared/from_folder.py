@@ -5,18 +5,17 @@ Names are relative paths, so the same images are held out of either.
 
 from collections.abc import Iterator
 import dataclasses
+import os
 from pathlib import Path
 
 from unicode_jax import config as config_lib
-from unicode_jax.data.prepared.inputs import (
-  MAX_IMAGE_BYTES,
-  Broken,
-  Inputs,
-  Sample,
-  stamped,
-)
+from unicode_jax.data.prepared.inputs import Broken, Inputs, Sample, stamped
 from unicode_jax.data.sources.folder import read_captions
-from unicode_jax.data.sources.images import IMAGE_SUFFIXES, list_images
+from unicode_jax.data.sources.images import (
+  IMAGE_SUFFIXES,
+  list_images,
+  open_image_file,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +36,14 @@ class FolderPiece:
     """Yields the images in order."""
     for name, captions in self.images:
       try:
-        path = self.folder / name
-        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
-          yield Broken(name, f"{size} bytes are more than {MAX_IMAGE_BYTES}")
-          continue
-        yield Sample(name, path.read_bytes(), captions)
+        with open_image_file(self.folder / name) as file:
+          image = file.read()
       except OSError as error:
         yield Broken(name, f"{type(error).__name__}: {error.strerror}")
+      except ValueError as error:
+        yield Broken(name, str(error))
+      else:
+        yield Sample(name, image, captions)
 
 
 def folder_inputs(
@@ -59,7 +59,7 @@ def folder_inputs(
   Raises:
     ConfigError: no such folder, no image in it, or a bad captions file.
   """
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if not folder.is_dir():
     raise config_lib.ConfigError(
       f"--path={path!r} is not a folder: give one with images"
@@ -74,7 +74,7 @@ def folder_inputs(
   names = [name for name, *_ in files]
   said = read_captions(captions, set(names))
   if captions is not None:
-    files += stamped([("captions", Path(captions).expanduser())])
+    files += stamped([("captions", Path(os.path.expanduser(captions)))])
   pieces = [
     FolderPiece(
       f"images {start} to {min(start + images_per_piece, len(names)) - 1}",

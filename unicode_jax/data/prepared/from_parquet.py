@@ -7,15 +7,14 @@ stores as a number gets its name from the file's metadata.
 from collections.abc import Iterator
 import dataclasses
 import importlib
-import json
 from pathlib import Path
 from typing import Any
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 from unicode_jax.data.prepared.inputs import (
   CAPTION_KEYS,
   LABEL_KEY,
-  MAX_IMAGE_BYTES,
   Broken,
   Columns,
   Inputs,
@@ -25,6 +24,7 @@ from unicode_jax.data.prepared.inputs import (
   read_label,
   stamped,
 )
+from unicode_jax.data.sources.images import MAX_IMAGE_BYTES
 
 _ROWS = 16  # Decoded at a time.
 
@@ -51,7 +51,7 @@ class ParquetPiece:
 
   def samples(self) -> Iterator[Sample | Broken]:
     """Yields the rows in order."""
-    pyarrow, parquet = _import_pyarrow()
+    _, parquet = _import_pyarrow()
     row = self.first_row
     try:
       with parquet.ParquetFile(self.path) as file:
@@ -63,7 +63,7 @@ class ParquetPiece:
           for i in range(batch.num_rows):
             yield self._sample(f"{self.file}/{row}", batch, i, classes)
             row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except Exception as error:  # As in `parquet_inputs`.
       yield Broken(
         self.name, f"damaged, the rest from row {row} is left out: {error}"
       )
@@ -86,10 +86,14 @@ class ParquetPiece:
         return Broken(name, f"more than {MAX_IMAGE_BYTES} bytes")
       label = value(self.columns.label)
       if classes is not None and label is not None and label != -1:
+        if not isinstance(label, int) or not 0 <= label < len(classes):
+          raise ValueError(
+            f"the label {label!r:.60} is none of {len(classes)} classes"
+          )
         label = classes[label]
       captions = read_captions(value(self.columns.caption))
       return Sample(name, image, captions, read_label(label))
-    except (ValueError, IndexError) as error:
+    except (ValueError, KeyError, OverflowError) as error:
       return Broken(name, str(error))
 
 
@@ -118,10 +122,13 @@ def parquet_inputs(
           for i in range(opened.metadata.num_row_groups)
         ]
         found = _find_columns(pyarrow, file, opened.schema_arrow, columns)
-    except (pyarrow.ArrowException, OSError) as error:
+    except config_lib.ConfigError:
+      raise
+    # Arrow's own, and what Python raises on names and numbers of a bad footer.
+    except Exception as error:
       raise config_lib.ConfigError(
-        f"{file} cannot be read as parquet ({error}): get it again, or leave "
-        "it out of --path"
+        f"{file} cannot be read as parquet ({text_files.printable(str(error))})"
+        ": get it again, or leave it out of --path"
       ) from error
     for groups, first, stop in _spans(rows, images_per_piece):
       title = f"{name} rows {first} to {stop - 1}"
@@ -201,7 +208,8 @@ def _find_columns(
 def _class_names(schema: Any, label: str | None) -> list[str] | None:
   """Returns the names of the classes that Hugging Face keeps, if it does."""
   try:
-    info = json.loads((schema.metadata or {})[b"huggingface"])
+    text = (schema.metadata or {})[b"huggingface"].decode()
+    info = text_files.parse_json(text)
     names = info["info"]["features"][label]["names"]
   except (KeyError, TypeError, ValueError):
     return None

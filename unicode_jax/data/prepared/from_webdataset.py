@@ -10,15 +10,13 @@ read, and a tar that breaks off gives what comes before.
 from collections.abc import Iterator
 import dataclasses
 import io
-import json
 from pathlib import Path
 import tarfile
 
+from unicode_jax.data import text_files
 from unicode_jax.data.prepared.inputs import (
   CAPTION_KEYS,
   LABEL_KEY,
-  MAX_IMAGE_BYTES,
-  MAX_TEXT_BYTES,
   Broken,
   Columns,
   Inputs,
@@ -28,7 +26,8 @@ from unicode_jax.data.prepared.inputs import (
   read_label,
   stamped,
 )
-from unicode_jax.data.sources.images import IMAGE_SUFFIXES
+from unicode_jax.data.sources.images import IMAGE_SUFFIXES, MAX_IMAGE_BYTES
+from unicode_jax.data.text_files import MAX_TEXT_BYTES
 
 _IMAGES = frozenset(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
 _TEXTS = frozenset({"txt", "cls", "json"})
@@ -89,7 +88,7 @@ class TarPiece:
       return
     try:
       yield Sample(name, self._image(fields), *self._said(fields))
-    except (ValueError, RecursionError) as error:  # The latter from JSON.
+    except ValueError as error:
       yield Broken(name, str(error))
 
   def _image(self, fields: dict[str, bytes]) -> bytes:
@@ -113,7 +112,7 @@ class TarPiece:
     captions, label = texts.get("txt"), texts.get("cls")
     captions = read_captions(captions)
     if "json" in texts:
-      known = json.loads(texts["json"])
+      known = text_files.parse_json(texts["json"])
       if not isinstance(known, dict):
         raise ValueError("its json is not an object")
       keys = [self.columns.caption] if self.columns.caption else CAPTION_KEYS

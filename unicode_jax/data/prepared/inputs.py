@@ -7,18 +7,17 @@ never holds a path outside of the data set, so it is the same on every machine.
 
 from collections.abc import Iterator, Sequence
 import glob
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 from unicode_jax.data.sources.images import file_stamp
 
 # Keys and columns that hold captions unless another is named; the first counts.
 CAPTION_KEYS = ("caption", "captions", "text")
 LABEL_KEY = "label"
-# Larger images and texts are left out unread, bytes.
-MAX_IMAGE_BYTES = 2**28
-MAX_TEXT_BYTES = 2**20
 
 
 class Sample(NamedTuple):
@@ -98,25 +97,22 @@ def find_files(path: str, suffix: str) -> list[tuple[str, Path]]:
   Raises:
     ConfigError: there are none.
   """
-  given = Path(path).expanduser()
+  given = Path(os.path.expanduser(path))
   if given.is_file():
     return [(given.name, given)]
   if given.is_dir():
     root, found = given, given.rglob(f"*{suffix}")
+  elif glob.has_magic(str(given)):
+    root, found = matches(given)
   else:
-    parts = given.parts
-    wild = next((i for i, p in enumerate(parts) if glob.has_magic(p)), None)
-    if wild is None:
-      raise config_lib.ConfigError(
-        f"--path={path!r} is neither a file nor a folder: name one, or a "
-        f"pattern such as 'DIR/*{suffix}'"
-      )
-    root = Path(*parts[:wild])
-    found = map(Path, glob.glob(str(given), recursive=True))
+    raise config_lib.ConfigError(
+      f"--path={path!r} is neither a file nor a folder: name one, or a "
+      f"pattern such as 'DIR/*{suffix}'"
+    )
   files = sorted(
     (found_path.relative_to(root).as_posix(), found_path)
     for found_path in found
-    if found_path.is_file()
+    if found_path.is_file() and not found_path.name.startswith(".")
   )
   if not files:
     raise config_lib.ConfigError(
@@ -125,6 +121,32 @@ def find_files(path: str, suffix: str) -> list[tuple[str, Path]]:
       + ": name a file, a folder with some, or a pattern"
     )
   return files
+
+
+def matches(pattern: Path) -> tuple[Path, list[Path]]:
+  """Finds what a glob pattern matches.
+
+  `**` follows no links, which could lead back into the tree and round it for
+  ever, as they do in the module glob.
+
+  Returns:
+    The part of the pattern before its first wildcard, and paths below it.
+
+  Raises:
+    ConfigError: it is no pattern.
+  """
+  parts = pattern.parts
+  wild = next(
+    (i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1
+  )
+  root = Path(*parts[:wild])
+  try:
+    return root, list(root.glob(str(Path(*parts[wild:]))))
+  except (ValueError, NotImplementedError, IndexError) as error:
+    raise config_lib.ConfigError(
+      f"{str(pattern)!r} is no pattern ({error}): write ** alone, as in "
+      "'DIR/**/*.tar'"
+    ) from None
 
 
 def stamped(
@@ -150,7 +172,7 @@ def read_captions(value: Any) -> tuple[str, ...]:
   ):
     raise ValueError(f"a caption must be a text, not {value!r:.60}")
   for text in texts:
-    text.encode()  # Half of a surrogate pair is no text.
+    text_files.check_text(text)
   return tuple(dict.fromkeys(filter(None, map(str.strip, texts))))
 
 
@@ -165,5 +187,5 @@ def read_label(value: Any) -> str | None:
   if isinstance(value, bool) or not isinstance(value, str | int):
     raise ValueError(f"a label must be a text or a number, not {value!r:.60}")
   label = str(value).strip()
-  label.encode()
+  text_files.check_text(label)
   return label or None

@@ -8,6 +8,7 @@ more than what is there, and the same command finishes it.
 from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 from concurrent.futures.process import BrokenProcessPool
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -75,7 +76,15 @@ def make(
       f"--out={folder} cannot be written ({error.strerror}): make room there, "
       "and run the same command again; what is converted counts"
     ) from error
-  _check_broken(manifest, max_broken)
+  try:
+    _check_broken(manifest, max_broken)
+  except config_lib.ConfigError:
+    if not manifest["records"]:  # Nothing that another run could go on from.
+      (folder / UNFINISHED).unlink(missing_ok=True)
+      shard_files.remove_left_overs(folder)
+      with contextlib.suppress(OSError):  # It holds something after all.
+        folder.rmdir()
+    raise
   shard_files.write_json(folder / MANIFEST, manifest)
   (folder / UNFINISHED).unlink(missing_ok=True)
   shard_files.remove_left_overs(folder)

@@ -72,12 +72,53 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
   if path is None:
     return None
   found = shard_files.read_json(path, _ANEW)
-  if found.get("format") != _FORMAT or "pieces" not in found:
+  if found.get("format") != _FORMAT:
     raise config_lib.ConfigError(
-      f"{path} is of format {found.get('format')}, and this version reads "
-      f"{_FORMAT}: {_ANEW}"
+      f"{path} is of format {found.get('format')!r:.20}, and this version "
+      f"reads {_FORMAT}: {_ANEW}"
     )
+  if not _is_manifest(found):
+    raise config_lib.ConfigError(f"{path} is damaged: {_ANEW}")
   return found
+
+
+def _is_manifest(found: dict[str, Any]) -> bool:
+  """Says whether fields have the types that they are written with."""
+  match found:
+    case {
+      "path": str(),
+      "options": dict(),
+      "inputs": {"files": int(), "bytes": int(), "sha256": str()},
+      "records": int(),
+      "broken": int(),
+      "pieces": list(pieces),
+    }:
+      return all(piece is None or _is_piece(piece) for piece in pieces)
+  return False
+
+
+def _is_piece(piece: Any) -> bool:
+  match piece:
+    case {"name": str(), "shards": list(entries), "broken": list(names)}:
+      return all(map(_is_shard, entries)) and all(
+        isinstance(entry, list) and list(map(type, entry)) == [str, str]
+        for entry in names
+      )
+  return False
+
+
+def _is_shard(shard: Any) -> bool:
+  match shard:
+    case {
+      "file": str(file),
+      "records": int(count),
+      "bytes": int(),
+      "sha256": str(),
+      "index_sha256": str(),
+    }:
+      # Nothing outside of the folder is read.
+      return file == Path(file).name and "\0" not in file and count >= 0
+  return False
 
 
 def check_same(
@@ -97,6 +138,11 @@ def check_same(
       f"{was['bytes']} bytes in {found['path']} then, {now['files']} of "
       f"{now['bytes']} in {wanted['path']} now, or their names or times "
       "differ: choose another --out"
+    )
+  if len(found["pieces"]) != len(wanted["pieces"]):
+    raise config_lib.ConfigError(
+      f"{folder} has {len(found['pieces'])} pieces, not "
+      f"{len(wanted['pieces'])}: its manifest is damaged, {_ANEW}"
     )
 
 
@@ -169,7 +215,12 @@ def open_prepared(
       raise config_lib.ConfigError(f"{problem}: remove it and {REMEDY}")
     path = folder / shard["file"]
     index = index_path(path)
-    lines = index.read_text(encoding="utf-8").splitlines()
+    lines = shard_files.read_text(index, _ANEW).split("\n")[:-1]
+    if len(lines) != shard["records"]:  # All behind it would move.
+      raise config_lib.ConfigError(
+        f"{folder / MANIFEST} is damaged: it says that {path.name} has "
+        f"{shard['records']} images, not {len(lines)}: {_ANEW}"
+      )
     headers += [
       record.read_header(line, f"{index}, line {i}")
       for i, line in enumerate(lines, 1)

@@ -21,7 +21,10 @@ from unicode_jax import config as config_lib
 Header = dict[str, Any]
 
 _LENGTH_BYTES = 4
-_FIELDS = frozenset({"name", "captions", "label", "digest", "width", "height"})
+_FIELDS = {
+  **{"name": str, "captions": list, "label": str | None, "digest": str},
+  **{"width": int, "height": int},
+}
 
 
 def encode_record(header: Header, image: bytes) -> bytes:
@@ -58,9 +61,16 @@ def read_header(line: str, where: str) -> Header:
     ConfigError: it is no header.
   """
   try:
-    header = json.loads(line)
-    if not header.keys() >= _FIELDS:
-      raise ValueError(f"no {sorted(_FIELDS - header.keys())}")
-  except (ValueError, AttributeError) as error:
+    header = config_lib.parse_json(line)
+    if not isinstance(header, dict):
+      raise ValueError("it is no object")
+    if not header.keys() >= _FIELDS.keys():
+      raise ValueError(f"no {sorted(_FIELDS.keys() - header.keys())}")
+    for field, kind in _FIELDS.items():
+      if not isinstance(header[field], kind):
+        raise ValueError(f"{field} is {header[field]!r:.99}")
+    if not all(isinstance(text, str) for text in header["captions"]):
+      raise ValueError("captions are not all texts")
+  except ValueError as error:
     raise config_lib.ConfigError(f"{where} is damaged: {error}") from None
   return header

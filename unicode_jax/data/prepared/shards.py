@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from unicode_jax.data import shard_files
+from unicode_jax.data import shard_files, text_files
 from unicode_jax.data.prepared import record
 from unicode_jax.data.prepared.inputs import Broken, Piece, Sample
 from unicode_jax.data.sources.images import decode_image, decode_whole
@@ -97,17 +97,16 @@ def _records(
   """Yields header and image file of each sample; the others go to `broken`."""
   for sample in piece.samples():
     if isinstance(sample, Broken):
-      broken.append(Broken(_printable(sample.name), sample.reason))
+      broken.append(_printable(*sample))
       continue
     try:
       made = _record(sample, image_size)
-    except UnidentifiedImageError:  # Its message names an address in memory.
-      reason = "not an image file of a kind that is read"
-      broken.append(Broken(_printable(sample.name), reason))
+    except UnidentifiedImageError as error:
+      broken.append(_printable(sample.name, str(error)))
     # Pillow raises SyntaxError for some broken PNGs.
     except (OSError, ValueError, SyntaxError) as error:
       reason = f"{type(error).__name__}: {error}"
-      broken.append(Broken(_printable(sample.name), reason))
+      broken.append(_printable(sample.name, reason))
     else:
       yield made
 
@@ -144,6 +143,6 @@ def _png(pixels: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
-def _printable(name: str) -> str:
-  """Returns a name that any JSON file and any terminal can show."""
-  return name.encode("utf-8", "backslashreplace").decode()
+def _printable(name: str, reason: str) -> Broken:
+  """Returns what any JSON file and any terminal can show."""
+  return Broken(text_files.printable(name), text_files.printable(reason))

@@ -22,7 +22,11 @@ from unicode_jax.data.sources.folder import (
   caption_conversations,
   load_folder,
 )
-from unicode_jax.data.sources.images import IMAGE_SUFFIXES, decode_image
+from unicode_jax.data.sources.images import (
+  IMAGE_SUFFIXES,
+  decode_image,
+  stored_size,
+)
 from unicode_jax.data.sources.llava import load_llava
 from unicode_jax.data.sources.source import (
   MAX_HELDOUT,
@@ -57,6 +61,7 @@ __all__ = [
   "load_tfds",
   "partition",
   "shape_and_colour",
+  "stored_size",
   "untoned_name",
   "validation",
 ]

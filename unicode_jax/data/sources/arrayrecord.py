@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import concurrent.futures
 import dataclasses
 import functools
-import glob
 import io
 import itertools
 import os
@@ -25,7 +24,7 @@ import numpy as np
 
 from unicode_jax import config as config_lib
 from unicode_jax.data import cache
-from unicode_jax.data.prepared import manifest, record
+from unicode_jax.data.prepared import inputs, manifest, record
 from unicode_jax.data.sources.images import decode_image
 from unicode_jax.data.sources.source import (
   Annotation,
@@ -189,13 +188,11 @@ def _allow_open_files(count: int) -> None:
 
 def _folders(path: str | os.PathLike[str]) -> list[Path]:
   """Returns the folders that a path or a pattern names."""
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if folder.is_dir():
     return [folder]
   folders = sorted(
-    Path(found)
-    for found in glob.glob(str(folder), recursive=True)
-    if Path(found).is_dir()
+    found for found in inputs.matches(folder)[1] if found.is_dir()
   )
   if not folders:
     raise config_lib.ConfigError(

@@ -5,13 +5,15 @@ captions file is small and written by hand, so its first mistake is an error.
 """
 
 from collections.abc import Collection
-import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import cache
+from unicode_jax.data import cache, text_files
 from unicode_jax.data.sequences import Conversation
 from unicode_jax.data.sources.images import (
   IMAGE_SUFFIXES,
@@ -65,10 +67,15 @@ def load_folder(
       f"{', '.join(IMAGE_SUFFIXES)}"
     )
   texts = read_captions(captions, {c["name"] for c in contents})
+
+  def decode(content: dict[str, Any]) -> np.ndarray:
+    content["name"].encode()  # What is not UTF-8 cannot be hashed.
+    return decode_image(folder / content["name"], image_size)
+
   cached = cache.cached_images(
     "folder",
     contents,
-    lambda content: decode_image(folder / content["name"], image_size),
+    decode,
     image_size,
     version=str(folder.resolve()),
     cache_dir=cache_dir,
@@ -88,7 +95,7 @@ def load_folder(
 
 def image_folder(path: str | os.PathLike[str]) -> Path:
   """Returns `config.data.path` as a path; a ConfigError unless it is there."""
-  folder = Path(path).expanduser()
+  folder = Path(os.path.expanduser(path))
   if not folder.is_dir():
     raise config_lib.ConfigError(
       f"config.data.path={str(path)!r} is not a folder: give one with images"
@@ -113,28 +120,29 @@ def read_captions(
   """
   if captions is None:
     return {}
-  file = Path(captions).expanduser()
+  file = Path(os.path.expanduser(captions))
   if not file.is_file():
     raise config_lib.ConfigError(
       f"config.data.captions={str(captions)!r} is not a file"
     )
   found: dict[str, tuple[str, ...]] = {}
   missing = []
-  for number, line in enumerate(read_utf8(file).split("\n"), 1):
+  for number, line in enumerate(text_files.read_utf8(file).split("\n"), 1):
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = text_files.parse_json(line)
       image, text = record["image"], record["text"]
       if not (isinstance(image, str) and isinstance(text, str)):
         raise TypeError
       if not text.strip():
-        raise ValueError
-      text.encode()  # Half of a surrogate pair is no text.
+        raise ValueError("an empty caption")
+      text_files.check_text(text)
     except (ValueError, KeyError, TypeError) as error:
       raise config_lib.ConfigError(
         f'{file}, line {number}: want {{"image": "relative/path.png", "text": '
         f'"a caption"}}, got {line[:120]!r}'
+        + (f" ({error})" if isinstance(error, ValueError) else "")
       ) from error
     name = Path(image).as_posix()
     if name in names:
@@ -152,7 +160,7 @@ def read_captions(
       "%s: %d captions name images that the folder does not have, e.g. %s",
       file,
       len(missing),
-      missing[0],
+      text_files.printable(missing[0]),
     )
   return found
 
@@ -164,13 +172,3 @@ def caption_conversations(source: ImageSource) -> list[Conversation]:
     for annotation in source.annotations
     for text in annotation.captions
   ]
-
-
-def read_utf8(file: Path) -> str:
-  """Reads a text file; a ConfigError where it is not UTF-8."""
-  try:
-    return file.read_text(encoding="utf-8-sig")
-  except UnicodeDecodeError as error:
-    raise config_lib.ConfigError(
-      f"{file} is not UTF-8 text ({error}): convert it"
-    ) from error

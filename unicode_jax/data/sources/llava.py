@@ -21,21 +21,15 @@ Several images in one record are not supported; nothing here tokenises.
 import collections
 from collections.abc import Iterator, Sequence
 import dataclasses
-import json
 import logging
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
-import re
 from typing import Any
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import cache
+from unicode_jax.data import cache, text_files
 from unicode_jax.data.sequences import Conversation
-from unicode_jax.data.sources.folder import (
-  image_folder,
-  read_captions,
-  read_utf8,
-)
+from unicode_jax.data.sources.folder import image_folder, read_captions
 from unicode_jax.data.sources.images import decode_image, file_stamp
 from unicode_jax.data.sources.source import (
   Annotation,
@@ -48,8 +42,6 @@ from unicode_jax.data.sources.source import (
 )
 
 PLACEHOLDER = "<image>"
-# Line breaks and spaces around the placeholder belong to it.
-_PLACEHOLDER = re.compile(rf"\s*{PLACEHOLDER}\s*")
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -113,7 +105,7 @@ def load_llava(
       records or images.
   """
   folder = image_folder(path)
-  file = Path(conversations).expanduser()
+  file = Path(os.path.expanduser(conversations))
   if not file.is_file():
     raise config_lib.ConfigError(
       f"config.data.conversations={str(conversations)!r} is not a file"
@@ -200,8 +192,8 @@ def _read_records(file: Path, max_broken: float) -> list[_Record]:
         raise record
       records.append(_check_record(record))
     except _RecordError as error:
-      name = f" (id {record['id']!r})" if _has_id(record) else ""
-      problems.append(f"{where}{name}: {error}")
+      name = f" (id {_shorten(record['id'])})" if _has_id(record) else ""
+      problems.append(text_files.printable(f"{where}{name}: {error}"))
   allowed = max_skipped(max_broken, total)
   shown = "\n  ".join(problems[:10])
   if len(problems) > allowed:
@@ -240,10 +232,10 @@ def _read_records(file: Path, max_broken: float) -> list[_Record]:
 
 def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
   """Yields where each record stands, and its JSON or what is wrong with it."""
-  text = read_utf8(file)
+  text = text_files.read_utf8(file)
   if text.lstrip().startswith("["):
     try:
-      records = json.loads(text)
+      records = text_files.parse_json(text)
     except ValueError as error:
       raise config_lib.ConfigError(
         f"{file} is not JSON: {error}; want one list of records, or one record "
@@ -256,14 +248,16 @@ def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
     if not line.strip():
       continue
     try:
-      record = json.loads(line)
+      record = text_files.parse_json(line)
     except ValueError as error:
       record = _RecordError(f"is not JSON ({error}): {_shorten(line)}")
     yield f"line {number}", record
 
 
 def _has_id(record: Any) -> bool:
-  return isinstance(record, dict) and isinstance(record.get("id"), str | int)
+  """Says whether a record has an id that can be hashed."""
+  id_ = record.get("id") if isinstance(record, dict) else None
+  return isinstance(id_, int) or (isinstance(id_, str) and _is_text(id_))
 
 
 def _check_record(record: Any) -> _Record:
@@ -294,7 +288,9 @@ def _check_record(record: Any) -> _Record:
   answers = [text.strip() for _, text in lines[1::2]]
   if image is not None:
     questions = _without_placeholder(questions)
-  elif re.match(rf"{PLACEHOLDER}|.*{PLACEHOLDER}$", questions[0].strip(), re.S):
+  elif (asked := questions[0].strip()).startswith(
+    PLACEHOLDER
+  ) or asked.endswith(PLACEHOLDER):
     # Amid a text it may be just that, text; at its ends it stands for an image.
     raise _RecordError(
       f"has the placeholder {PLACEHOLDER} but no image: want "
@@ -350,6 +346,10 @@ def _check_lines(conversations: Any) -> list[tuple[str, str]]:
       case {"from": "human" | "gpt" as who, "value": str(text)} if _is_text(
         text
       ):
+        if len(text.encode()) > text_files.MAX_TEXT_BYTES:
+          raise _RecordError(
+            f"turn {place} has more than {text_files.MAX_TEXT_BYTES} bytes"
+          )
         lines.append((who, text))
       case _:
         raise _RecordError(
@@ -367,10 +367,17 @@ def _without_placeholder(questions: Sequence[str]) -> list[str]:
       f"has {count} placeholders {PLACEHOLDER}: a conversation is about one "
       "image"
     )
-  return [
-    _PLACEHOLDER.sub(lambda m: "\n" if "\n" in m[0] else " ", text)
-    for text in questions
-  ]
+  return [_without_one(text) for text in questions]
+
+
+def _without_one(text: str) -> str:
+  """Takes a placeholder out, with the line breaks and spaces around it."""
+  before, found, after = text.partition(PLACEHOLDER)
+  if not found:
+    return text
+  start, stop = before.rstrip(), after.lstrip()
+  gap = before[len(start) :] + after[: len(after) - len(stop)]
+  return start + ("\n" if "\n" in gap else " ") + stop
 
 
 def _is_text(text: str) -> bool:
@@ -384,5 +391,8 @@ def _is_text(text: str) -> bool:
 
 def _shorten(value: Any) -> str:
   """Returns a value for an error message, on one line."""
-  text = repr(value)
+  try:
+    text = repr(value[:120] if isinstance(value, str) else value)
+  except RecursionError:
+    return "what is nested too deeply"
   return text if len(text) <= 120 else f"{text[:117]}..."

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from unicode_jax import config as config_lib
-from unicode_jax.data import cache
+from unicode_jax.data import cache, text_files
 from unicode_jax.data.sources.images import decode_image, file_stamp
 from unicode_jax.data.sources.source import (
   Annotation,
@@ -42,6 +42,9 @@ from unicode_jax.data.sources.source import (
 )
 
 _CAPTIONS = ("caption", "captions", "text")
+# Where features.json names a class, today and formerly.
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")
+_OWN_CLASSES = "tensorflow_datasets."
 _QUESTIONS, _ANSWERS = ("question", "questions"), ("answer", "answers")
 
 
@@ -148,15 +151,53 @@ def _open(name: str, data_dir: str | os.PathLike[str] | None) -> Any:
     "tensorflow_datasets.core.read_only_builder"
   )
   folder = None if data_dir is None else os.path.expanduser(data_dir)
+  where = "TFDS's default folder" if folder is None else folder
+  if folder is not None:
+    _check_classes(Path(folder), name)
   try:
-    return read_only.builder_from_files(name, data_dir=folder)
+    builder = read_only.builder_from_files(name, data_dir=folder)
+    # They are read when they are first asked for.
+    _ = builder.info.features, builder.info.splits, builder.info.full_name
   except (ImportError, ValueError) as error:  # Not found is a ValueError.
-    where = "TFDS's default folder" if folder is None else folder
     raise config_lib.ConfigError(
       f"config.data.tfds={name!r} is not a prepared data set in {where} "
-      f"(config.data.path): {str(error).strip().splitlines()[0]}; "
-      + _prepare(name, folder)
+      f"(config.data.path): {_first_line(error)}; " + _prepare(name, folder)
     ) from error
+  except Exception as error:  # Whatever is raised by what parses its JSON.
+    raise config_lib.ConfigError(
+      f"the description of {name!r} in {where} is damaged: "
+      f"{_first_line(error)}; remove it, and " + _prepare(name, folder)
+    ) from error
+  return builder
+
+
+def _first_line(error: Exception) -> str:
+  return f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+
+
+def _check_classes(folder: Path, name: str) -> None:
+  """Raises ConfigError where a data set's features are not TFDS's own.
+
+  TFDS would import whatever modules its files name.
+  """
+  for file in (folder / name.partition("/")[0]).glob("**/features.json"):
+    try:
+      stack = [config_lib.parse_json(file.read_text(encoding="utf-8"))]
+    except ValueError as error:
+      raise config_lib.ConfigError(
+        f"{file} cannot be read ({error}): get the data set again"
+      ) from None
+    while stack:
+      node = stack.pop()
+      stack += node.values() if isinstance(node, dict) else ()
+      stack += node if isinstance(node, list) else ()
+      for key in _CLASS_KEYS:
+        wanted = node.get(key) if isinstance(node, dict) else None
+        if isinstance(wanted, str) and not wanted.startswith(_OWN_CLASSES):
+          raise config_lib.ConfigError(
+            f"{file} names the class {wanted!r:.99}, which is not one of TFDS: "
+            "its code would run; name another data set"
+          )
 
 
 def _prepare(name: str, folder: str | None) -> str:
@@ -230,18 +271,22 @@ def _cache_split(
   lock = threading.Lock()  # Decoding runs in threads, reading need not.
 
   def decode(content):
-    with lock:
-      element = source[content["number"]]
-    label = None
-    if label_key and (number := int(element[label_key])) >= 0:  # -1 is unknown.
-      label = features[label_key].int2str(number)
-    fields = {
-      "captions": _captions(element),
-      "questions": _questions(element),
-      "label": label,
-    }
-    image = decode_image(io.BytesIO(element[image_key]), image_size)
-    return image, fields
+    try:
+      with lock:
+        element = source[content["number"]]
+      label = None
+      if label_key and (number := int(element[label_key])) >= 0:  # -1: unknown.
+        label = features[label_key].int2str(number)
+      fields = {
+        "captions": _captions(element),
+        "questions": _questions(element),
+        "label": label,
+      }
+      file = io.BytesIO(element[image_key])
+    # What array_record, protobuf and TFDS raise on a damaged record.
+    except Exception as error:
+      raise ValueError(f"{type(error).__name__}: {error}") from error
+    return decode_image(file, image_size), fields
 
   files = sorted(Path(builder.data_path).iterdir())
   return cache.cached_images(
@@ -285,11 +330,14 @@ def _questions(element: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _texts(value: Any) -> list[str]:
-  """Returns a feature's value as texts; none where it is no text."""
+  """Returns a feature's value as texts; none where it is no text.
+
+  Empty ones, and in place of those that are too long, keep the others' places.
+  """
   if isinstance(value, bytes):
-    return [value.decode("utf-8", "replace").strip()]
+    value = value.decode("utf-8", "replace")
   if isinstance(value, str):
-    return [value.strip()]
+    return [value.strip() if len(value) <= text_files.MAX_TEXT_BYTES else ""]
   if isinstance(value, Sequence | np.ndarray):
     return [text for entry in value for text in _texts(entry)]
   return []
