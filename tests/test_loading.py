@@ -145,7 +145,8 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(
   [
     ("config.json", '"gain_decay": 0.99', '"gain_decay": 0.98', "gain_decay: "),
     ("config.json", "{", "[", "is not JSON"),
-    ("text_tokenizer/tokenizer.json", "ing", "ign", "tokenizer that the run"),
+    ("text_tokenizer/tokenizer.json", ":", ";", r"tokenizer\.json"),
+    ("text_tokenizer/tokenizer_config.json", "</s>", "<s>", "that the run was"),
   ],
 )
 def test_a_damaged_config_or_tokenizer_is_named(

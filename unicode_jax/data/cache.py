@@ -164,8 +164,9 @@ def _write(
         pixels, mode="w+", dtype=np.uint8, shape=shape
       )
       # A disk that fills while it is written through memory kills the process.
-      with pixels.open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
+      if hasattr(os, "posix_fallocate"):  # Not on a Mac.
+        with pixels.open("r+b") as file:
+          os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
     except OSError as error:
       raise _unwritable(folder, error) from error
     workers = min(32, os.cpu_count() or 1)
