@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from unicode_jax import config as config_lib
+from unicode_jax.data import text_files
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 IMAGE_START, IMAGE_END = "<image>", "</image>"
@@ -339,15 +340,18 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
   if file.is_file():
     try:
       text = file.read_text(encoding="utf-8")
-      known = "model" in json.loads(text)
-    except ValueError:  # Not text, or not JSON.
-      known = False
-    if not known:
+      if "model" not in text_files.parse_json(text):
+        raise ValueError('no "model" in it')
+      return TextTokenizer(text, _read_config(file.parent))
+    except (OSError, config_lib.ConfigError):
+      raise
+    # What is no text or no JSON, and what `tokenizers` raises: bare Exceptions.
+    except Exception as error:
       raise config_lib.ConfigError(
-        f"{file} is not a Hugging Face tokenizer.json; give one, or the folder "
-        "of a Hugging Face model"
-      )
-    return TextTokenizer(text, _read_config(file.parent))
+        f"{file} is not a Hugging Face tokenizer.json, or what lies beside it "
+        f"is damaged ({type(error).__name__}: {str(error)[:200]}); give one, "
+        "or the folder of a Hugging Face model"
+      ) from error
   if not path.is_dir():
     raise config_lib.ConfigError(
       f"no tokenizer at {path}: config.text.tokenizer_path must be a Hugging "
@@ -378,5 +382,6 @@ def _read_config(folder: Path) -> dict[str, Any]:
   config = {}
   for name in ("special_tokens_map.json", "tokenizer_config.json"):
     if (folder / name).is_file():
-      config |= json.loads((folder / name).read_text(encoding="utf-8"))
+      text = (folder / name).read_text(encoding="utf-8")
+      config |= text_files.parse_json(text)
   return config
