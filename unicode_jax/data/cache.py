@@ -25,7 +25,7 @@ from unicode_jax import config as config_lib
 from unicode_jax.data import text_files
 
 # Raise it when the decoding of images or the fields kept with them change.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 256  # Images held in memory while the cache is being written.
 
 
@@ -115,7 +115,7 @@ def _read(folder: Path, shape: tuple[int, ...]) -> CachedImages:
     if found.shape != shape or found.dtype != np.uint8:
       raise ValueError(f"{path.name} holds {found.dtype}{list(found.shape)}")
     text = (folder / "meta.json").read_text(encoding="utf-8")
-    meta = text_files.parse_json(text)
+    meta = config_lib.parse_json(text)
     if not all(0 <= item["row"] < len(found) for item in meta["items"]):
       raise ValueError("meta.json names rows that are not there")
     broken = [(name, reason) for name, reason in meta["broken"]]

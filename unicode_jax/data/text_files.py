@@ -9,7 +9,6 @@ from pathlib import Path
 
 from unicode_jax import config as config_lib
 
-parse_json = config_lib.parse_json
 # A longer caption, question or answer is no text to train on, bytes.
 MAX_TEXT_BYTES = 2**20
 

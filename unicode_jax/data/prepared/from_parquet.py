@@ -209,7 +209,7 @@ def _class_names(schema: Any, label: str | None) -> list[str] | None:
   """Returns the names of the classes that Hugging Face keeps, if it does."""
   try:
     text = (schema.metadata or {})[b"huggingface"].decode()
-    info = text_files.parse_json(text)
+    info = config_lib.parse_json(text)
     names = info["info"]["features"][label]["names"]
   except (KeyError, TypeError, ValueError):
     return None

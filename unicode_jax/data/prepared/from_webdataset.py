@@ -13,7 +13,7 @@ import io
 from pathlib import Path
 import tarfile
 
-from unicode_jax.data import text_files
+from unicode_jax import config as config_lib
 from unicode_jax.data.prepared.inputs import (
   CAPTION_KEYS,
   LABEL_KEY,
@@ -112,7 +112,7 @@ class TarPiece:
     captions, label = texts.get("txt"), texts.get("cls")
     captions = read_captions(captions)
     if "json" in texts:
-      known = text_files.parse_json(texts["json"])
+      known = config_lib.parse_json(texts["json"])
       if not isinstance(known, dict):
         raise ValueError("its json is not an object")
       keys = [self.columns.caption] if self.columns.caption else CAPTION_KEYS

@@ -131,7 +131,7 @@ def read_captions(
     if not line.strip():
       continue
     try:
-      record = text_files.parse_json(line)
+      record = config_lib.parse_json(line)
       image, text = record["image"], record["text"]
       if not (isinstance(image, str) and isinstance(text, str)):
         raise TypeError

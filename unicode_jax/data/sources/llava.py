@@ -235,7 +235,7 @@ def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
   text = text_files.read_utf8(file)
   if text.lstrip().startswith("["):
     try:
-      records = text_files.parse_json(text)
+      records = config_lib.parse_json(text)
     except ValueError as error:
       raise config_lib.ConfigError(
         f"{file} is not JSON: {error}; want one list of records, or one record "
@@ -248,7 +248,7 @@ def _raw_records(file: Path) -> Iterator[tuple[str, Any]]:
     if not line.strip():
       continue
     try:
-      record = text_files.parse_json(line)
+      record = config_lib.parse_json(line)
     except ValueError as error:
       record = _RecordError(f"is not JSON ({error}): {_shorten(line)}")
     yield f"line {number}", record
