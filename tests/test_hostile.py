@@ -238,37 +238,44 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_and_a_hostile_run(name, tmp_path, mark):
+HOSTILE = (
+  {"preset": "../../../../../../../../../{tmp}/made"},
+  {"stage": "evil"},
+  {"llm": {"num_layers": 10**12}},
+)
+
+
+@pytest.mark.parametrize(
+  ("name", "number"),
+  [(name, i % 3) for i, name in enumerate(COMMANDS)]
+  + [("main", 1), ("main", 2), ("export", 1)],
+)
+def test_commands_and_a_hostile_run(name, number, tmp_path, mark):
   """As a user meets it: one line, status 2, and nothing made."""
   run, work = tmp_path / "run", tmp_path / "work"
   run.mkdir()
   work.mkdir()
   evil_module(run, mark, "config.py")
   evil_module(run, mark, "evil.py")
-  for values in (
-    {"preset": f"../../{'../' * 9}{tmp_path}/made"},
-    {"stage": "evil"},
-    {"llm": {"num_layers": 10**12}},
-  ):
-    config = config_lib.default_config().to_dict() | values
-    (run / "config.json").write_text(json.dumps(config))
-    arguments = [
-      a.format(run=run, out=tmp_path / "out") for a in COMMANDS[name]
-    ]
-    done = subprocess.run(
-      [sys.executable, "-m", f"unicode_jax.{name}", *arguments],
-      cwd=work,
-      env=os.environ | {"PYTHONPATH": str(ROOT)},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-    assert done.returncode == 2 and done.stdout == "", done.stderr[-2000:]
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and len(line) < 2000
-    assert os.listdir(work) == []
-    assert sorted(os.listdir(tmp_path)) == ["run", "work"]
+  values = dict(HOSTILE[number])
+  if "preset" in values:
+    values["preset"] = values["preset"].format(tmp=tmp_path)
+  config = config_lib.default_config().to_dict() | values
+  (run / "config.json").write_text(json.dumps(config))
+  arguments = [a.format(run=run, out=tmp_path / "out") for a in COMMANDS[name]]
+  done = subprocess.run(
+    [sys.executable, "-m", f"unicode_jax.{name}", *arguments],
+    cwd=work,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and done.stdout == "", done.stderr[-2000:]
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ") and len(line) < 2000
+  assert os.listdir(work) == []
+  assert sorted(os.listdir(tmp_path)) == ["run", "work"]
 
 
 def test_an_export_takes_no_links_along(llama, tmp_path):
@@ -356,9 +363,9 @@ def test_an_image_starts_no_program(tmp_path, mark, monkeypatch):
   Image.new("RGB", (8, 8)).save(picture, format="EPS")
   with Image.open(picture) as opened:
     assert opened.format == "EPS"
-  with pytest.raises(OSError, match="cannot identify"):
+  with pytest.raises(OSError, match="not an image file of a kind"):
     images.decode_image(picture, 8)
-  with pytest.raises(OSError, match="cannot identify"):
+  with pytest.raises(OSError, match="not an image file of a kind"):
     images.decode_whole(io.BytesIO(picture.read_bytes()))
 
 
@@ -455,7 +462,7 @@ print("all refused")
 def test_the_fuzzer_finds_nothing_in_a_few_inputs():
   """Of every reader; `tests/fuzz/fuzz.py` says how to search for longer."""
   done = subprocess.run(
-    [sys.executable, "tests/fuzz/fuzz.py", "--runs=400", "--seed=3"],
+    [sys.executable, "tests/fuzz/fuzz.py", "--runs=250", "--seed=3"],
     cwd=ROOT,
     env=os.environ | {"PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "0"},
     capture_output=True,
@@ -464,7 +471,7 @@ def test_the_fuzzer_finds_nothing_in_a_few_inputs():
     check=False,
   )
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  assert done.stdout.count("400 inputs, 0 findings") >= 10, done.stdout
+  assert done.stdout.count("250 inputs, 0 findings") >= 10, done.stdout
 
 
 def test_the_fuzzer_notices(tmp_path):
