@@ -23,6 +23,7 @@ import pytest
 import safetensors.numpy
 
 from benchmarks import hf_parity
+from tests.fuzz import fuzz
 from unicode_jax import config as config_lib, loading
 from unicode_jax.config import ConfigError
 from unicode_jax.convert import exporting, importing, readers
@@ -101,7 +102,7 @@ def test_pickles_under_other_names(llama, tmp_path, bomb):
       importing.import_checkpoint(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
   (tmp_path / "x.gguf").write_bytes(bomb)
-  with pytest.raises(ConfigError, match="not a whole GGUF file"):
+  with pytest.raises(ConfigError, match="GGUF"):  # Or its package is missing.
     importing.import_checkpoint(tmp_path / "x.gguf", tmp_path / "run")
 
 
@@ -426,16 +427,20 @@ def test_memory_is_what_the_file_has(tmp_path):
     )
   ]
   files = []
-  for number, data in enumerate(strings):
+  for number, data in enumerate(strings if fuzz.available("gguf") else ()):
     files.append(str(tmp_path / f"{number}.gguf"))
     pathlib.Path(files[-1]).write_bytes(data)
   script = """
-import json, pathlib, sys, time
+import json, pathlib, resource, sys, time
+import jax
 from tests.fuzz import fuzz
 from unicode_jax.config import ConfigError
 from unicode_jax.convert import readers
 folders, files = json.loads(sys.argv[1])
+jax.devices()
 fuzz.limit_memory()
+kilobytes = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = kilobytes()
 tried = [(readers.SafetensorsReader, f) for f in folders]
 tried += [(readers.GGUFReader, f) for f in files]
 for read, path in tried:
@@ -446,6 +451,7 @@ for read, path in tried:
   except ConfigError as error:
     assert "\\n" not in str(error) and len(str(error)) < 500, str(error)
   assert time.monotonic() - start < 5, path
+  assert kilobytes() - before < 100_000, path
 print("all refused")
 """
   done = subprocess.run(
@@ -453,7 +459,7 @@ print("all refused")
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=60,
     check=False,
   )
   assert done.stdout == "all refused\n", done.stdout + done.stderr[-3000:]
@@ -471,12 +477,12 @@ def test_the_fuzzer_finds_nothing_in_a_few_inputs():
     check=False,
   )
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  assert done.stdout.count("250 inputs, 0 findings") >= 10, done.stdout
+  names = [name for name in fuzz.TARGETS if fuzz.available(name)]
+  assert done.stdout.count("250 inputs, 0 findings") == len(names), done.stdout
 
 
 def test_the_fuzzer_notices(tmp_path):
   """Whatever is no error of ours, and an error of several lines."""
-  from tests.fuzz import fuzz
 
   def reader(error):
     def read(folder, data):
