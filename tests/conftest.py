@@ -75,7 +75,7 @@ def stage_one(tmp_path_factory):
   state = loop.train(
     stage,
     workdir,
-    runner.loop_config(config),
+    runner.loop_config(config, data.text_tokenizer),
     sharding.make_mesh(),
     until_step=4,
   )

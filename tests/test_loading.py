@@ -121,3 +121,42 @@ def test_folders_that_hold_no_run(stage_one, tmp_path):
   (tmp_path / "config.json").write_text('{"model_type": "llama"}')
   with pytest.raises(config_lib.ConfigError, match=r"Hugging Face.*convert"):
     loading.load(tmp_path)
+
+
+def test_a_damaged_checkpoint_gives_way_to_an_older_one(
+  stage_one, tmp_path, caplog
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(stage_one[0], workdir)
+  for path in (workdir / "checkpoints/4/state").rglob("*"):
+    if path.is_file() and path.stat().st_size > 10_000:
+      content = bytearray(path.read_bytes())
+      content[len(content) // 2] ^= 1
+      path.write_bytes(content)
+  loaded = loading.load(workdir)
+  assert loaded.step == 2
+  assert "step 2 is used, newer checkpoints are damaged (step 4" in caplog.text
+  with pytest.raises(config_lib.ConfigError, match=r"step 4: .*\[2, 4\]"):
+    loading.load(workdir, step=4)
+
+
+@pytest.mark.parametrize(
+  ("name", "old", "new", "message"),
+  [
+    ("config.json", '"gain_decay": 0.99', '"gain_decay": 0.98', "gain_decay: "),
+    ("config.json", "{", "[", "is not JSON"),
+    ("text_tokenizer/tokenizer.json", ":", ";", r"tokenizer\.json"),
+    ("text_tokenizer/tokenizer_config.json", "</s>", "<s>", "that the run was"),
+  ],
+)
+def test_a_damaged_config_or_tokenizer_is_named(
+  stage_one, tmp_path, name, old, new, message
+):
+  workdir = tmp_path / "run"
+  shutil.copytree(stage_one[0], workdir)
+  text = (workdir / name).read_text()
+  assert old in text
+  (workdir / name).write_text(text.replace(old, new, 1))
+  with pytest.raises(config_lib.ConfigError, match=message) as caught:
+    loading.load(workdir)
+  assert name.split("/")[0] in str(caught.value)

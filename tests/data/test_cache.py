@@ -1,12 +1,15 @@
 """The cache of decoded images: reuse, keys, broken images, atomicity."""
 
 import logging
+import os
+from pathlib import Path
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 
-from unicode_jax import config as config_lib
 from unicode_jax.data import cache
 
 CONTENTS = [{"name": f"image {i}", "stamp": i} for i in range(5)]
@@ -167,5 +170,42 @@ def test_default_folder(monkeypatch, tmp_path):
 def test_an_unwritable_folder_says_what_to_set(tmp_path):
   file = tmp_path / "file"
   file.write_text("")
-  with pytest.raises(config_lib.ConfigError, match="UNICODE_JAX_CACHE"):
+  with pytest.raises(OSError, match="UNICODE_JAX_CACHE"):
     cache.cached_images("s", CONTENTS, decode, 2, cache_dir=file / "below")
+
+
+FULL = """
+import sys
+import numpy as np
+from unicode_jax.data import cache
+contents = [{"name": str(i)} for i in range(60)]
+try:
+  cache.cached_images(
+    "s", contents, lambda c: np.zeros((128, 128, 3), np.uint8), 128,
+    cache_dir=sys.argv[1]
+  )
+except OSError as error:
+  print(error)
+"""
+
+
+def test_a_full_disk_is_noticed_before_it_is_written(tmp_path):
+  """Through a memory map it would end the process with SIGBUS."""
+  small = ["unshare", "-rm", "sh", "-c"]
+  mount = 'mount -t tmpfs -o size=1m none "$0" && exec "$@"'
+  arguments = [*small, mount, str(tmp_path)]
+  try:
+    subprocess.run([*arguments, "true"], check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError):
+    pytest.skip("this user may not mount a small file system")
+  done = subprocess.run(
+    [*arguments, sys.executable, "-c", FULL, str(tmp_path / "cache")],
+    env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert "No space left on device); make room, or set" in done.stdout
+  assert str(tmp_path / "cache") in done.stdout

@@ -537,6 +537,31 @@ def test_a_damaged_manifest(prepared):
       sources.load_arrayrecord(folder, SIZE)
 
 
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    # Rows behind it would show other images than their names say.
+    ({"records": 6}, r"says that 00002-000\.array_record has 6 images, not 7"),
+    ({"records": "7"}, r"manifest\.json is damaged: prepare the data again"),
+    ({"file": "../00002-000.array_record"}, r"manifest\.json is damaged"),
+    ({"file": "/etc/passwd"}, r"manifest\.json is damaged"),
+    ({"file": None}, r"manifest\.json is damaged"),
+    ({"index_sha256": "0"}, r"00002-000\.jsonl is damaged"),
+  ],
+)
+def test_a_manifest_that_lies(prepared, change, message):
+  folder, again = prepared
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text())
+  manifest["pieces"][2]["shards"][0] |= change
+  path.write_text(json.dumps(manifest))
+  with pytest.raises(config_lib.ConfigError, match=message):
+    sources.load_arrayrecord(folder, SIZE)
+  if "manifest" in message:
+    with pytest.raises(config_lib.ConfigError, match=message):
+      again()
+
+
 def test_random_bytes_stop_nothing(tmp_path):
   """Images and tars with random damage: broken or read, never an exception."""
   rng = random.Random(0)

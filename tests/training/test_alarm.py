@@ -41,9 +41,9 @@ def test_rings_once_per_collapse():
 
 
 def test_growing_energy_names_the_depth():
-  assert alarm.growing_energy([0.5, 0.25]) is None
-  assert "depth 2 adds energy" in alarm.growing_energy([0.5, 0.75])
-  assert "depth 1 adds energy" in alarm.growing_energy([1.5])
+  assert alarm.growing_energy([0.5, 0.25], True) is None
+  assert "depth 2 adds energy" in alarm.growing_energy([0.5, 0.75], False)
+  assert "depth 1 adds energy" in alarm.growing_energy([1.5], True)
 
 
 def test_recovery_starts_the_count_again():
@@ -82,7 +82,9 @@ def cause(**changes):
 def test_causes():
   assert "encoder's output is constant" in cause(feature_std=0.0)
   assert "encoder's output is constant" in cause(feature_std=float("nan"))
-  assert "depth 2 adds energy" in cause(residual_energy=[0.3, 0.5])
+  assert "gains follow" in cause(residual_energy=[0.3, 0.5])
+  growth = cause(residual_energy=[0.3, 0.5], l2_normalize=False)
+  assert "depth 2 adds energy" in growth and "l2_normalize=True" in growth
   assert "depth 1 adds energy" in cause(residual_energy=[1.2, 1.1])
   assert "576 dimensions" in cause(code_dim=576)
   assert "without l2 normalisation" in cause(l2_normalize=False)

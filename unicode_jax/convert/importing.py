@@ -28,6 +28,7 @@ from unicode_jax.convert import (
 )
 from unicode_jax.data import text_tokenizer as text_tokenizer_lib
 from unicode_jax.models import llama as llama_lib
+from unicode_jax.training import checkpoint
 
 
 def import_checkpoint(path, out) -> pathlib.Path:
@@ -57,10 +58,10 @@ def import_checkpoint(path, out) -> pathlib.Path:
   names.check(entries, reader.shapes, str(path), llama.tie_embeddings)
 
   with folders.filled(out) as work:
-    tokens = _save_tokenizer(path, work / loading.TEXT_TOKENIZER)
-    if tokens > llama.vocab_size:
+    tokenizer = _save_tokenizer(path, work / loading.TEXT_TOKENIZER)
+    if tokenizer.vocab_size > llama.vocab_size:
       raise config_lib.ConfigError(
-        f"{path}: the tokenizer has {tokens} tokens, the model "
+        f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model "
         f"{llama.vocab_size} rows: they do not belong together"
       )
     (work / "config.json").write_text(config_lib.to_json(config))
@@ -68,12 +69,19 @@ def import_checkpoint(path, out) -> pathlib.Path:
     params = read_parameters(reader, entries, llama, scratch, gguf)
     # Compressing weights saves a twelfth, and takes the model's memory again.
     handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    folder = (work / "checkpoints" / "0").absolute()
+    state = {"variables": {"params": {"llm": params}}}
     with ocp.Checkpointer(handler) as checkpointer:
-      checkpointer.save(
-        (work / "checkpoints" / "0" / "state").absolute(),
-        args=ocp.args.PyTreeSave({"variables": {"params": {"llm": params}}}),
-      )
-    del params
+      checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(state))
+    checkpoint.write_record(
+      folder,
+      state,
+      {
+        "config": config_lib.flatten(config),
+        "text_tokenizer": tokenizer.digest,
+      },
+    )
+    del params, state
     scratch.unlink()
   if (path / visual.WEIGHTS).is_file():
     logging.warning(
@@ -211,8 +219,10 @@ def run_config(llama: llama_lib.LlamaConfig, context_length: int | None):
   return config_lib.check_model(config_lib.apply_overrides(config, changes))
 
 
-def _save_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> int:
-  """Copies the text tokenizer and its chat template; returns its size."""
+def _save_tokenizer(
+  path: pathlib.Path, folder: pathlib.Path
+) -> text_tokenizer_lib.TextTokenizer:
+  """Copies the text tokenizer and its chat template, and returns it."""
   if path.is_file():
     import transformers  # pylint: disable=g-import-not-at-top
 
@@ -240,7 +250,7 @@ def _save_tokenizer(path: pathlib.Path, folder: pathlib.Path) -> int:
     settings = read_description(file)
     settings["chat_template"] = template.read_text("utf-8")
     file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-  return tokenizer.vocab_size
+  return tokenizer
 
 
 def read_description(path: pathlib.Path) -> dict:

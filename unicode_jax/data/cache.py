@@ -143,10 +143,7 @@ def _write(
       ignore_cleanup_errors=True,
     )
   except OSError as error:
-    raise config_lib.ConfigError(
-      f"cannot write the image cache in {folder.parent} ({error}); set "
-      "config.data.cache_dir or $UNICODE_JAX_CACHE to a writable folder"
-    ) from error
+    raise _unwritable(folder, error) from error
   logging.info("decoding %d images into %s", len(contents), folder)
   items, broken = [], []
 
@@ -161,9 +158,17 @@ def _write(
     building = Path(name) / folder.name
     building.mkdir()
     shape = (len(contents), image_size, image_size, 3)
-    array = np.lib.format.open_memmap(
-      building / "images.npy", mode="w+", dtype=np.uint8, shape=shape
-    )
+    pixels = building / "images.npy"
+    try:
+      array = np.lib.format.open_memmap(
+        pixels, mode="w+", dtype=np.uint8, shape=shape
+      )
+      # A disk that fills while it is written through memory kills the process.
+      if hasattr(os, "posix_fallocate"):  # Not on a Mac.
+        with pixels.open("r+b") as file:
+          os.posix_fallocate(file.fileno(), 0, pixels.stat().st_size)
+    except OSError as error:
+      raise _unwritable(folder, error) from error
     workers = min(32, os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(workers) as executor:
       for start in range(0, len(contents), _CHUNK):
@@ -177,8 +182,8 @@ def _write(
             decoded if isinstance(decoded, tuple) else (decoded, {})
           )
           array[row] = image
-          pixels = hashlib.sha256(image.tobytes()).hexdigest()[:32]
-          items.append({**content, **fields, "row": row, "digest": pixels})
+          digest = hashlib.sha256(image.tobytes()).hexdigest()[:32]
+          items.append({**content, **fields, "row": row, "digest": digest})
         _check_broken(broken, start + len(chunk), max_broken)
     if not items:
       raise config_lib.ConfigError(
@@ -193,6 +198,16 @@ def _write(
       if not folder.is_dir():
         raise
       # Another process was faster; what it wrote is the same.
+
+
+def _unwritable(folder: Path, error: OSError) -> OSError:
+  """Returns an error that says what to do where a cache cannot be written."""
+  return OSError(
+    error.errno,
+    f"cannot write the image cache ({error.strerror}); make room, or set "
+    "config.data.cache_dir or $UNICODE_JAX_CACHE to a writable folder",
+    str(folder.parent),
+  )
 
 
 def _check_broken(

@@ -238,7 +238,9 @@ class TokenizerStage:
 
   def growing_energy(self, metrics) -> str | None:
     """Says which depth adds energy, if one does (H2)."""
-    return alarm_lib.growing_energy(self._residual_energy(metrics))
+    return alarm_lib.growing_energy(
+      self._residual_energy(metrics), self.model.codebook.l2_normalize
+    )
 
   def likely_cause(self, metrics) -> str:
     """Names the hazard that the metrics point to."""

@@ -33,12 +33,15 @@ class AlarmConfig:
   stop: bool
 
 
-def growing_energy(residual_energy: Sequence[float]) -> str | None:
+def growing_energy(
+  residual_energy: Sequence[float], l2_normalize: bool
+) -> str | None:
   """Says which depth adds energy instead of taking it away (H2).
 
   Args:
     residual_energy: float[D], share of the input's energy left after each
       depth.
+    l2_normalize: Whether selection is by cosine.
 
   Returns:
     One sentence with cause and remedy, None if the energy never grows.
@@ -47,9 +50,14 @@ def growing_energy(residual_energy: Sequence[float]) -> str | None:
   for d, (before, after) in enumerate(itertools.pairwise(energies), start=1):
     if after > before:
       return (
-        f"depth {d} adds energy (residual {before:.3g} -> {after:.3g}): the "
-        "encoder's scale does not match the table's; set "
-        "codebook.l2_normalize=True"
+        f"depth {d} adds energy (residual {before:.3g} -> {after:.3g}): "
+        + (
+          "the encoder moves faster than the gains follow; lower "
+          "optimizer.tokenizer.learning_rate or codebook.gain_decay"
+          if l2_normalize
+          else "the encoder's scale does not match the table's; set "
+          "codebook.l2_normalize=True"
+        )
       )
   return None
 
@@ -84,8 +92,8 @@ def likely_cause(
       "collapsed; lower optimizer.tokenizer.learning_rate or "
       "tokenizer.loss.commitment"
     )
-  growth = growing_energy(residual_energy)
-  if growth is not None:
+  growth = growing_energy(residual_energy, l2_normalize)
+  if growth is not None and not l2_normalize:
     return growth
   if code_dim > 64 or not l2_normalize:
     return (
@@ -100,6 +108,8 @@ def likely_cause(
       f"the codebook left the LLM's table (code agreement {code_agreement:.2f})"
       "; lower codebook.sync_decay or codebook.sync_every"
     )
+  if growth is not None:
+    return growth
   return (
     "the encoder sends everything to few codes; raise "
     "tokenizer.loss.commitment, lower optimizer.tokenizer.learning_rate, or "

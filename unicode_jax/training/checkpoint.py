@@ -18,11 +18,13 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, files
 from unicode_jax.training import checksums as checksums_lib
 
 _SUMS, _OWN_SUM = "checksums", "checksum"
 SET_ASIDE = "set_aside"
+# Where orbax puts the JSON of the item "record".
+_RECORD = pathlib.Path("record", "metadata")
 
 
 class DamagedError(Exception):
@@ -206,6 +208,22 @@ def opened(record: Mapping[str, Any]) -> dict[str, Any]:
   return record
 
 
+def write_record(
+  folder: pathlib.Path, state: Any, record: Mapping[str, Any]
+) -> None:
+  """Writes the record of a checkpoint whose state is written already.
+
+  Args:
+    folder: Of the checkpoint.
+    state: Its arrays, by the paths under which they are read.
+    record: JSON-able facts.
+  """
+  sums = {_SUMS: checksums_lib.checksums(state)}
+  path = folder / _RECORD
+  path.parent.mkdir()
+  files.write_whole(path, json.dumps(sealed(dict(record) | sums)))
+
+
 def read_record(folder: pathlib.Path) -> dict[str, Any]:
   """Reads the record of a checkpoint.
 
@@ -218,7 +236,7 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
   Raises:
     DamagedError: If it is not what was saved.
   """
-  path = folder / "record" / "metadata"
+  path = folder / _RECORD
   if not path.exists():
     return {}
   try:

@@ -26,7 +26,7 @@ from unicode_jax.data.prepared.inputs import (
 )
 from unicode_jax.data.sources.images import MAX_IMAGE_BYTES
 
-_ROWS = 16  # Decoded at a time.
+_ROWS = 1  # Read at a time: few bytes may stand for many large images.
 
 
 @dataclasses.dataclass(frozen=True)

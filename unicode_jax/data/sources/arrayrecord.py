@@ -89,6 +89,11 @@ class DecodedRecords:
     except (RuntimeError, OSError, ValueError, IndexError) as error:
       stops = itertools.accumulate(count for _, count in self.shards)
       path = next(p for stop, (p, _) in zip(stops, self.shards) if row < stop)
+      if isinstance(error.__cause__, MemoryError):
+        raise config_lib.RunError(
+          f"there is not enough memory to decode an image of {path}: read with "
+          "fewer processes (config.data.num_workers)"
+        ) from error
       raise config_lib.ConfigError(
         f"{path} is damaged ({error}): remove it and {manifest.REMEDY}"
       ) from error

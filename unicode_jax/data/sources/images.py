@@ -68,9 +68,12 @@ def decode_image(
   """
 
   def square(opened):
-    # JPEGs can be decoded at a fraction of their size, at no loss here.
+    whole = opened.width * opened.height
+    # JPEGs can be decoded at a fraction of their size, at no loss here; but a
+    # progressive one is held as a whole until its last pass.
     opened.draft(None, (2 * image_size, 2 * image_size))
-    with _DECODING.take(opened.width * opened.height):
+    small = opened.width * opened.height
+    with _DECODING.take(whole if opened.info.get("progressive") else small):
       return np.asarray(
         ImageOps.fit(
           _to_rgb(_upright(opened)),
