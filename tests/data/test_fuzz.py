@@ -30,7 +30,7 @@ from PIL import Image
 import pytest
 
 from unicode_jax import config as config_lib, prepare
-from unicode_jax.data import sources
+from unicode_jax.data import sources, text_tokenizer
 from unicode_jax.data.prepared import manifest
 from unicode_jax.data.sources import folder as folder_lib, images
 
@@ -45,6 +45,7 @@ COUNTS = {
   "manifest": 1500,
   "jsonl": 3000,
   "tfds": 600,
+  "tokenizer": 1500,
 }
 
 
@@ -378,7 +379,31 @@ class Tfds:
     shutil.rmtree(self._folder / "cache", ignore_errors=True)
 
 
+class Tokenizers:
+  """A text tokenizer's files, read and used."""
+
+  def __init__(self, folder):
+    texts = ["the quick brown fox </s> jumps <image> over"] * 5
+    made = text_tokenizer.train_text_tokenizer(texts, 275)
+    self._folder = folder
+    made.save(folder)
+    self._whole = {p: p.read_bytes() for p in sorted(folder.iterdir())}
+
+  def run(self, rng):
+    for path, content in self._whole.items():
+      path.write_bytes(content)
+    path = rng.choice(list(self._whole))
+    content = self._whole[path]
+    path.write_bytes(mutate(content, rng, content))
+    tokenizer = text_tokenizer.load_text_tokenizer(self._folder)
+    ids = tokenizer.encode("the fox </s><image> é")
+    assert tokenizer.control_ids.isdisjoint(ids)
+    tokenizer.decode(ids)
+    return "read"
+
+
 KINDS = {
+  "tokenizer": Tokenizers,
   "image": Images,
   "tar": Tars,
   "parquet": Parquets,

@@ -25,7 +25,7 @@ from unicode_jax import config as config_lib
 from unicode_jax.data import text_files
 
 # Raise it when the decoding of images or the fields kept with them change.
-_FORMAT = 1
+_FORMAT = 2
 _CHUNK = 256  # Images held in memory while the cache is being written.
 
 
