@@ -136,8 +136,9 @@ def test_a_tokenizer_with_code(tmp_path, mark):
   settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))
   (folder / "config.json").write_text(json.dumps(settings))
-  with pytest.raises(ConfigError, match="transformers cannot load"):
+  with pytest.raises(ConfigError, match="transformers cannot load") as error:
     text_tokenizer.load_text_tokenizer(folder)
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

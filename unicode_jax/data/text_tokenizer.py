@@ -419,9 +419,10 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     )
     text = loaded.backend_tokenizer.to_str()
   except (OSError, ValueError, ImportError, AttributeError) as error:
+    reason = str(error).strip().partition("\n")[0]
     raise config_lib.ConfigError(
       f"the folder {path} has no tokenizer.json, and transformers cannot load "
-      f"it either: {error}"
+      f"it either: {reason}"
     ) from error
   special = loaded.special_tokens_map
   roles = [f"{role}_token" for role in _USUAL_NAMES]

@@ -260,8 +260,9 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
       path, local_files_only=True, trust_remote_code=False
     )
   except (OSError, ValueError) as error:
+    reason = str(error).strip().partition("\n")[0]
     raise config_lib.ConfigError(
-      f"clip:{folder} cannot be loaded: {error}; want model.safetensors "
+      f"clip:{folder} cannot be loaded: {reason}; want model.safetensors "
       "and the tokenizer's files"
     ) from error
   side = model.config.vision_config.image_size
