@@ -11,8 +11,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = "unicode_jax"
 FLOORS = (
-  ("config", "sharding", "compiled", "interruption"),
-  ("command", "files", "kernels", "nn"),
+  ("config", "sharding", "compiled", "interruption", "files"),
+  ("command", "kernels", "nn"),
   ("codebook", "quantizer"),
   ("models",),
   ("data", "training", "sampling"),

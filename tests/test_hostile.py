@@ -23,6 +23,7 @@ import pytest
 import safetensors.numpy
 
 from benchmarks import hf_parity
+from tests.fuzz import fuzz
 from unicode_jax import config as config_lib, loading
 from unicode_jax.config import ConfigError
 from unicode_jax.convert import exporting, importing, readers
@@ -101,7 +102,7 @@ def test_pickles_under_other_names(llama, tmp_path, bomb):
       importing.import_checkpoint(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
   (tmp_path / "x.gguf").write_bytes(bomb)
-  with pytest.raises(ConfigError, match="not a whole GGUF file"):
+  with pytest.raises(ConfigError, match="GGUF"):  # Or its package is missing.
     importing.import_checkpoint(tmp_path / "x.gguf", tmp_path / "run")
 
 
@@ -135,8 +136,9 @@ def test_a_tokenizer_with_code(tmp_path, mark):
   settings = {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
   (folder / "tokenizer_config.json").write_text(json.dumps(settings))
   (folder / "config.json").write_text(json.dumps(settings))
-  with pytest.raises(ConfigError, match="transformers cannot load"):
+  with pytest.raises(ConfigError, match="transformers cannot load") as error:
     text_tokenizer.load_text_tokenizer(folder)
+  assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -238,37 +240,44 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_and_a_hostile_run(name, tmp_path, mark):
+HOSTILE = (
+  {"preset": "../../../../../../../../../{tmp}/made"},
+  {"stage": "evil"},
+  {"llm": {"num_layers": 10**12}},
+)
+
+
+@pytest.mark.parametrize(
+  ("name", "number"),
+  [(name, i % 3) for i, name in enumerate(COMMANDS)]
+  + [("main", 1), ("main", 2), ("export", 1)],
+)
+def test_commands_and_a_hostile_run(name, number, tmp_path, mark):
   """As a user meets it: one line, status 2, and nothing made."""
   run, work = tmp_path / "run", tmp_path / "work"
   run.mkdir()
   work.mkdir()
   evil_module(run, mark, "config.py")
   evil_module(run, mark, "evil.py")
-  for values in (
-    {"preset": f"../../{'../' * 9}{tmp_path}/made"},
-    {"stage": "evil"},
-    {"llm": {"num_layers": 10**12}},
-  ):
-    config = config_lib.default_config().to_dict() | values
-    (run / "config.json").write_text(json.dumps(config))
-    arguments = [
-      a.format(run=run, out=tmp_path / "out") for a in COMMANDS[name]
-    ]
-    done = subprocess.run(
-      [sys.executable, "-m", f"unicode_jax.{name}", *arguments],
-      cwd=work,
-      env=os.environ | {"PYTHONPATH": str(ROOT)},
-      capture_output=True,
-      text=True,
-      check=False,
-    )
-    assert done.returncode == 2 and done.stdout == "", done.stderr[-2000:]
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and len(line) < 2000
-    assert os.listdir(work) == []
-    assert sorted(os.listdir(tmp_path)) == ["run", "work"]
+  values = dict(HOSTILE[number])
+  if "preset" in values:
+    values["preset"] = values["preset"].format(tmp=tmp_path)
+  config = config_lib.default_config().to_dict() | values
+  (run / "config.json").write_text(json.dumps(config))
+  arguments = [a.format(run=run, out=tmp_path / "out") for a in COMMANDS[name]]
+  done = subprocess.run(
+    [sys.executable, "-m", f"unicode_jax.{name}", *arguments],
+    cwd=work,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2 and done.stdout == "", done.stderr[-2000:]
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ") and len(line) < 2000
+  assert os.listdir(work) == []
+  assert sorted(os.listdir(tmp_path)) == ["run", "work"]
 
 
 def test_an_export_takes_no_links_along(llama, tmp_path):
@@ -356,9 +365,9 @@ def test_an_image_starts_no_program(tmp_path, mark, monkeypatch):
   Image.new("RGB", (8, 8)).save(picture, format="EPS")
   with Image.open(picture) as opened:
     assert opened.format == "EPS"
-  with pytest.raises(OSError, match="cannot identify"):
+  with pytest.raises(OSError, match="not an image file of a kind"):
     images.decode_image(picture, 8)
-  with pytest.raises(OSError, match="cannot identify"):
+  with pytest.raises(OSError, match="not an image file of a kind"):
     images.decode_whole(io.BytesIO(picture.read_bytes()))
 
 
@@ -419,16 +428,20 @@ def test_memory_is_what_the_file_has(tmp_path):
     )
   ]
   files = []
-  for number, data in enumerate(strings):
+  for number, data in enumerate(strings if fuzz.available("gguf") else ()):
     files.append(str(tmp_path / f"{number}.gguf"))
     pathlib.Path(files[-1]).write_bytes(data)
   script = """
-import json, pathlib, sys, time
+import json, pathlib, resource, sys, time
+import jax
 from tests.fuzz import fuzz
 from unicode_jax.config import ConfigError
 from unicode_jax.convert import readers
 folders, files = json.loads(sys.argv[1])
+jax.devices()
 fuzz.limit_memory()
+kilobytes = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = kilobytes()
 tried = [(readers.SafetensorsReader, f) for f in folders]
 tried += [(readers.GGUFReader, f) for f in files]
 for read, path in tried:
@@ -439,6 +452,7 @@ for read, path in tried:
   except ConfigError as error:
     assert "\\n" not in str(error) and len(str(error)) < 500, str(error)
   assert time.monotonic() - start < 5, path
+  assert kilobytes() - before < 100_000, path
 print("all refused")
 """
   done = subprocess.run(
@@ -446,7 +460,7 @@ print("all refused")
     cwd=ROOT,
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=60,
     check=False,
   )
   assert done.stdout == "all refused\n", done.stdout + done.stderr[-3000:]
@@ -455,7 +469,7 @@ print("all refused")
 def test_the_fuzzer_finds_nothing_in_a_few_inputs():
   """Of every reader; `tests/fuzz/fuzz.py` says how to search for longer."""
   done = subprocess.run(
-    [sys.executable, "tests/fuzz/fuzz.py", "--runs=400", "--seed=3"],
+    [sys.executable, "tests/fuzz/fuzz.py", "--runs=250", "--seed=3"],
     cwd=ROOT,
     env=os.environ | {"PYTHONPATH": str(ROOT), "RUST_BACKTRACE": "0"},
     capture_output=True,
@@ -464,12 +478,12 @@ def test_the_fuzzer_finds_nothing_in_a_few_inputs():
     check=False,
   )
   assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-  assert done.stdout.count("400 inputs, 0 findings") >= 10, done.stdout
+  names = [name for name in fuzz.TARGETS if fuzz.available(name)]
+  assert done.stdout.count("250 inputs, 0 findings") == len(names), done.stdout
 
 
 def test_the_fuzzer_notices(tmp_path):
   """Whatever is no error of ours, and an error of several lines."""
-  from tests.fuzz import fuzz
 
   def reader(error):
     def read(folder, data):

@@ -54,9 +54,8 @@ def start(tmp_path_factory):
   _, variables = make_variables(config, valid)
   run_folder.claim(workdir, config)
   data.text_tokenizer.save(workdir / loading.TEXT_TOKENIZER)
-  checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", 1)
-  checkpointer.save(2, {"variables": variables}, {})
-  checkpointer.close()
+  with checkpoint.Checkpointer(workdir / "checkpoints", 1) as checkpointer:
+    checkpointer.save(2, {"variables": variables}, {})
   return workdir
 
 

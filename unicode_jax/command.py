@@ -3,8 +3,8 @@
 Flags are parsed, libraries kept quiet, and errors that a user can mend are said
 in one line. Exit statuses: 0; 2 for a flag, config or file that cannot be used;
 3 for a run that should not go on (collapse, divergence); 74 where a disk is
-full or fails; 75 for SIGTERM, after which the same command may be started
-again; 130 for Ctrl-C.
+full or fails; 75 for SIGTERM, or a folder in use, after which the same command
+may be started again; 130 for Ctrl-C.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,23 @@ import time
 
 from absl import app, flags, logging
 
-from unicode_jax import config as config_lib, interruption
+from unicode_jax import config as config_lib, files, interruption
 
 # EX_IOERR of sysexits.h.
 DISK_STATUS = 74
-# `time.time()` when this process began its command, None where it has none.
-BEGAN: float | None = None
+# What a user can mend by naming something else; others may pass by themselves.
+_WRONG_PATH = {
+  errno.EACCES,
+  errno.EEXIST,
+  errno.EISDIR,
+  errno.ELOOP,
+  errno.ENAMETOOLONG,
+  errno.ENOENT,
+  errno.ENOTDIR,
+  errno.EPERM,
+  errno.EROFS,
+}
+_began: float | None = None
 
 
 def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
@@ -34,8 +45,8 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
     interrupted: what Ctrl-C or SIGTERM leaves behind, for the user.
     overrides: whether the command takes --config.KEY=VALUE.
   """
-  global BEGAN
-  BEGAN = time.time()
+  global _began
+  _began = time.time()
   argv = sys.argv
   signal.signal(signal.SIGTERM, interruption.raise_preempted)
   try:
@@ -46,26 +57,39 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
   except config_lib.ConfigError as error:
     _end(2, f"error: {error}")
   except OSError as error:
-    if error.filename is None:
-      raise
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-      leave_at_once()  # Libraries would fail to clean up on the same disk.
+    if error.errno is None or error.errno in _WRONG_PATH:
+      if error.filename is None:
+        raise
       _end(
-        DISK_STATUS,
-        f"error: {error.strerror}: {str(error.filename)!r}: give it room; "
-        f"{interrupted}",
+        2,
+        f"error: {error.strerror}: {str(error.filename)!r}: name a file or "
+        "folder that can be used",
       )
+    leave_at_once()  # Libraries would fail to clean up on the same disk.
+    where = "" if error.filename is None else f": {str(error.filename)!r}"
     _end(
-      2,
-      f"error: {error.strerror}: {str(error.filename)!r}: name a file or "
-      "folder that can be used",
+      DISK_STATUS,
+      f"error: {error.strerror}{where}: see that the disk has room; "
+      + interrupted,
     )
+  except files.InUseError as error:
+    _end(interruption.PREEMPTED_STATUS, f"error: {error}")
   except config_lib.RunError as error:
     _end(3, f"stopped: {error}")
   except KeyboardInterrupt:
     _end(interruption.CTRL_C_STATUS, f"interrupted: {interrupted}")
   except interruption.Preempted:
     _end(interruption.PREEMPTED_STATUS, f"stopped by SIGTERM: {interrupted}")
+
+
+def began() -> float | None:
+  """Returns when the command began, `time.time()`; None when asked again.
+
+  What follows in the same process begins later.
+  """
+  global _began
+  found, _began = _began, None
+  return found
 
 
 def _parsed(argv: list[str]) -> list[str]:

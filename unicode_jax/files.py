@@ -5,11 +5,12 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import secrets
 import socket
-
-from unicode_jax import config as config_lib
+import time
 
 _LOCK = ".lock"
+_PATIENCE = 5.0  # Seconds.
 
 
 def write_whole(path: pathlib.Path, content: str | bytes) -> None:
@@ -23,7 +24,8 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
     OSError: If it cannot be written; a file that was there stays.
   """
   data = content.encode() if isinstance(content, str) else content
-  temporary = path.with_name(f".{path.name}.{os.getpid()}")
+  # Processes of other machines may have the same number.
+  temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
   try:
     with temporary.open("wb") as file:
       file.write(data)
@@ -33,6 +35,38 @@ def write_whole(path: pathlib.Path, content: str | bytes) -> None:
   except OSError as error:
     temporary.unlink(missing_ok=True)
     raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def append(path: pathlib.Path, text: str) -> None:
+  """Adds text to a file, which is made if missing.
+
+  Raises:
+    OSError: If it cannot be written.
+  """
+  try:
+    with path.open("a", encoding="utf-8") as file:
+      file.write(text)
+  except OSError as error:  # What fails late does not say where.
+    raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+class InUseError(Exception):
+  """Raised where another process has a folder; it may be free later."""
+
+
+def _locked(file) -> bool:
+  """Locks a file, and says whether that worked; who just ends is waited for."""
+  deadline = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      return True
+    except BlockingIOError:
+      if time.monotonic() > deadline:
+        return False
+      time.sleep(0.1)
+    except OSError:  # A file system without locks.
+      return True
 
 
 @contextlib.contextmanager
@@ -46,23 +80,19 @@ def held(folder: pathlib.Path) -> Iterator[None]:
     folder: Made if missing; removed if nothing came to lie in it.
 
   Raises:
-    ConfigError: If another process has it.
+    InUseError: If another process has it.
   """
   is_new = not folder.exists()
   folder.mkdir(parents=True, exist_ok=True)
   lock = folder / _LOCK
   with lock.open("a+") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not _locked(file):
       file.seek(0)
       owner = file.read().strip() or "another process"
-      raise config_lib.ConfigError(
+      raise InUseError(
         f"{folder} is in use by {owner}: wait for it, stop it, or choose "
         "another folder"
-      ) from None
-    except OSError:  # A file system without locks.
-      pass
+      )
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start again.
 PREEMPTED_STATUS = 75
@@ -21,6 +22,7 @@ _STATUSES = {
   signal.SIGINT: CTRL_C_STATUS,
 }
 SIGNALS = tuple(_STATUSES)
+_SAME = 1.0  # Seconds in which signals are of one event.
 SIGTERM = signal.SIGTERM
 
 
@@ -45,6 +47,7 @@ class Request:
       waker: What is sent there, the thread of `count_down` receives.
     """
     self.number: int | None = None
+    self._made = 0.0
     self._seconds, self._waker = seconds, waker
     self._at_once = False
     self._ended = threading.Event()
@@ -56,7 +59,7 @@ class Request:
       number: SIGTERM or SIGINT.
     """
     if self.number is None:
-      self.number = number
+      self.number, self._made = number, time.monotonic()
       self._waker.send(bytes([number]))
 
   def raise_it(self) -> None:
@@ -77,10 +80,16 @@ class Request:
       self._at_once = False
 
   def handle(self, number, frame) -> None:
-    """Handles a signal; a second one ends the process."""
+    """Handles a signal; a second Ctrl-C ends the process.
+
+    Shells and schedulers pass one event on more than once.
+    """
     del frame
     if self.number is not None:
-      os._exit(_STATUSES[self.number])
+      if number == signal.SIGINT and time.monotonic() > self._made + _SAME:
+        os.write(2, b"Ctrl-C again: ended without a checkpoint\n")
+        os._exit(_STATUSES[number])
+      return
     self.make(number)
     if self._at_once:
       self.raise_it()
@@ -132,6 +141,10 @@ def deferred(
 
   Yields:
     The request.
+
+  Raises:
+    Preempted: At the end of a block that did not look at its request.
+    KeyboardInterrupt: Likewise.
   """
   reader, writer = socket.socketpair()
   writer.setblocking(False)
@@ -156,3 +169,5 @@ def deferred(
     writer.close()
     thread.join()
     reader.close()
+  if request.number is not None:
+    request.raise_it()

@@ -59,8 +59,10 @@ def main(overrides: Mapping[str, str]) -> None:
       "gs://) on every host, and name the folder"
     )
   workdir = pathlib.Path(
-    _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"
-  ).expanduser()
+    os.path.expanduser(
+      _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"
+    )
+  )
   links = config_lib.resolve_links(links, overrides, str(workdir))
   config = next(iter(links.values()))
   for link in links.values():

@@ -116,12 +116,11 @@ def wait_for(condition, process: subprocess.Popen) -> None:
     time.sleep(0.01)
 
 
-def being_written(workdir: pathlib.Path) -> bool:
-  """Says whether a checkpoint is being written."""
+def being_written(workdir: pathlib.Path) -> set[str]:
+  """Returns the names of checkpoints that are not finished."""
   folder = workdir / "checkpoints"
-  return folder.is_dir() and any(
-    not path.name.isdigit() for path in folder.iterdir()
-  )
+  names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+  return {name for name in names if not name.isdigit()}
 
 
 def kill_at_moments(
@@ -150,11 +149,12 @@ def kill_at_moments(
     deadline = time.monotonic() + TIMEOUT
     if not in_save:
       deadline = time.monotonic() + rng.uniform(1.0, 12.0)
+    left = being_written(workdir)  # By the process that was killed before.
     process = command.start()
     while process.poll() is None and time.monotonic() < deadline:
       # Not the first one, or the run would never get anywhere.
       further = checkpoints(workdir)[-1:] != had[-1:]
-      if in_save and further and being_written(workdir):
+      if in_save and further and being_written(workdir) - left:
         time.sleep(rng.uniform(0.0, 0.1))
         break
       time.sleep(0.002)

@@ -15,6 +15,7 @@ def check(command, workdir, straight, kills):
   assert harness.result(workdir) == harness.result(straight)
   assert (workdir / "report.md").exists()
   assert not (workdir / "set_aside").exists()
+  assert not harness.being_written(workdir)  # What was left is cleaned up.
 
 
 def test_stage_one(stage_one, straight, tmp_path):

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import time
 
 from tests.crashes import harness
 
@@ -43,8 +44,23 @@ def test_one_of_two_is_killed_or_told_to_end(stage_one, host_devices, tmp_path):
   )
   harness.kill(second)
   harness.kill(first)  # As launchers do: the other cannot go on.
-  had = harness.checkpoints(workdir)
+  *_, whole, damaged = harness.checkpoints(workdir)
 
+  # They cannot agree on what only some can read: it is moved, and they end.
+  for path in (workdir / f"checkpoints/{damaged}/state").rglob("d/*"):
+    path.write_bytes(path.read_bytes()[:-100])
+  started = start(stage_one, workdir, host_devices)
+  deadline = time.monotonic() + 120
+  while all(process.poll() is None for _, process in started):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  assert 74 in [process.poll() for _, process in started]
+  for _, process in started:
+    harness.kill(process)
+  assert (workdir / f"set_aside/{damaged}").is_dir()
+
+  had = harness.checkpoints(workdir)
+  assert had[-1] == whole
   started = start(stage_one, workdir, host_devices)
   (command, first), (_, second) = started
   harness.wait_for(

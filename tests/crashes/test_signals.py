@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 
 from tests.crashes import harness
 
@@ -17,6 +18,7 @@ def record_of(workdir, step):
 def test_sigterm_and_ctrl_c_save(stage_one, straight, tmp_path):
   workdir = tmp_path / "run"
   command = stage_one(workdir)
+  began = time.time()
   for number, status, words in (
     (signal.SIGTERM, 75, "stopped by SIGTERM"),
     (signal.SIGINT, 130, "interrupted"),
@@ -29,7 +31,7 @@ def test_sigterm_and_ctrl_c_save(stage_one, straight, tmp_path):
     if number == signal.SIGTERM:  # While it runs, the folder is its own.
       second = stage_one(workdir)
       second.log = tmp_path / "second.log"
-      assert second.finish() == 2
+      assert second.finish() == 75
       (line,) = second.said().splitlines()
       assert f"in use by process {process.pid} on" in line
     harness.kill(process, number)
@@ -48,7 +50,9 @@ def test_sigterm_and_ctrl_c_save(stage_one, straight, tmp_path):
   assert found["metrics"][-1] == expected["metrics"][-1]
   # Where the time went, of all processes.
   spent = record_of(workdir, harness.checkpoints(workdir)[-1])["seconds"]
-  assert spent["down"] > 0 and spent["start"] > 3 * 0.5 and spent["step"] > 0
+  assert spent["down"] > 0 and spent["step"] > 0
+  taken = time.time() - began
+  assert 0.5 * taken < sum(spent.values()) < taken
 
 
 def test_time_to_end_is_limited(stage_one, tmp_path):
@@ -73,7 +77,7 @@ def test_a_full_disk_ends_the_run_and_harms_nothing(
   assert command.finish() == 74
   # The storage library prints traces of its own above.
   *_, line = command.said().splitlines()
-  assert re.match(r"error: .*: .*give it room; the same command goes on", line)
+  assert re.match(r"error: .*: .*has room; the same command goes on", line)
   had = harness.checkpoints(workdir)
   assert had
   options = "remount,size=200000000"

@@ -200,8 +200,9 @@ def test_pickled_source_carries_no_pixels(make_source):
 
 
 def text_iterator(tokenizer, **kwargs):
-  kwargs = {"global_batch_size": 4, "sequence_length": 20, "seed": 0, **kwargs}
-  return pipeline.text_iterator(CONVERSATIONS, tokenizer, **kwargs)
+  rows = pipeline.PackedText(CONVERSATIONS, tokenizer, 20)
+  kwargs = {"global_batch_size": 4, "seed": 0, **kwargs}
+  return pipeline.text_iterator(rows, **kwargs)
 
 
 def segments(batches):

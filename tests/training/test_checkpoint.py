@@ -132,15 +132,19 @@ def test_a_damaged_file_is_never_taken_for_whole(saved, tmp_path, damage):
   assert found_out
 
 
+def contents(folder):
+  return {p: p.is_file() and p.read_bytes() for p in folder.rglob("*")}
+
+
 def test_without_a_whole_checkpoint_nothing_is_touched(saved, tmp_path):
   workdir = tmp_path / "run"
   shutil.copytree(saved, workdir)
   for step in (1, 2):
     (workdir / f"checkpoints/{step}/record/metadata").write_text("{")
-  before = sorted(p for p in workdir.rglob("*"))
+  before = contents(workdir)
   with pytest.raises(config_lib.ConfigError, match=r"step 2: .*; step 1: "):
     restore(workdir)
-  assert sorted(p for p in workdir.rglob("*")) == before
+  assert contents(workdir) == before
 
 
 def test_a_record_is_checked():
@@ -149,6 +153,26 @@ def test_a_record_is_checked():
   sealed["step_seconds"] = 0.26
   with pytest.raises(checkpoint.DamagedError, match="record"):
     checkpoint.opened(sealed)
+
+
+def test_a_record_is_what_it_was_when_it_was_saved(tmp_path):
+  """It is written later, when the run has changed what it was made of."""
+  with checkpoint.Checkpointer(tmp_path / "checkpoints", 5) as checkpointer:
+    row = {"image": [1, 2]}
+    checkpointer.save(1, make_state(1), {"skipped_in_a_row": row})
+    row.pop("image")
+  _, _, record, damaged = restore(tmp_path)
+  assert record["skipped_in_a_row"] == {"image": [1, 2]} and not damaged
+
+
+def test_a_save_that_does_nothing_is_an_error(saved, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(saved, workdir)
+  with (
+    checkpoint.Checkpointer(workdir / "checkpoints", 5) as checkpointer,
+    pytest.raises(OSError, match="there are later ones"),
+  ):
+    checkpointer.save(1, make_state(1), {})
 
 
 def test_newer_checkpoints_are_set_aside(saved, tmp_path):

@@ -112,7 +112,11 @@ def test_a_bad_batch_changes_nothing_and_is_named(tmp_path):
 
 def test_many_bad_batches_send_the_run_back_and_past_them(tmp_path):
   """As if those that led there had never been in the data."""
-  limits = {"recovery.skip_limit": 1, "recovery.rewind_limit": 2}
+  limits = {
+    "recovery.skip_limit": 1,
+    "recovery.rewind_limit": 2,
+    "keep_checkpoints": 1,
+  }
   stage = make(**limits)
   # Steps 4 and 5: images 2 and 3; step 6 is text, which stays well.
   stage.spoilt = {2, 3}
@@ -122,8 +126,8 @@ def test_many_bad_batches_send_the_run_back_and_past_them(tmp_path):
   assert kinds == ["skipped", "skipped", "rewound"]
   back = incidents(tmp_path / "run")[-1]
   assert (back["since"], back["step"], back["to"]) == (4, 5, 2)
-  # The checkpoint of step 4, of a time that is no more, is kept aside.
-  assert [p.name for p in (tmp_path / "run/set_aside").iterdir()] == ["4"]
+  # None was saved among bad steps, where it would push a better one out.
+  assert not (tmp_path / "run/set_aside").exists()
   folder = tmp_path / f"run/checkpoints/{stage.total_steps}"
   assert checkpoint.read_record(folder)["left_out"] == {"image": 2, "text": 1}
 
@@ -162,6 +166,11 @@ def test_it_goes_further_back_and_then_gives_up(tmp_path):
     train(stage, tmp_path)
   went = [i["to"] for i in incidents(tmp_path) if i["kind"] == "rewound"]
   assert went == [3, 2]
+  # It remembers, also where it was killed before the next checkpoint.
+  with pytest.raises(loop.DivergenceError, match=r"recovery\.rewind_limit=2"):
+    train(stage, tmp_path)
+  later = [i["to"] for i in incidents(tmp_path) if i["kind"] == "rewound"]
+  assert later == went
   with pytest.raises(loop.DivergenceError, match="none is older"):
     stage = make(
       **{
@@ -239,6 +248,6 @@ def test_a_stalled_run_says_what_it_does(tmp_path, capfd):
   stop.set()
   beats.close()
   text = (tmp_path / "stalls.txt").read_text()
-  assert "waits_for_ever" in text and "no step has ended for" in text
+  assert "waits_for_ever" in text and "nothing was finished for" in text
   assert "stalls.txt says what all threads do" in capfd.readouterr().err
   assert heartbeat.last(tmp_path)["time"] == pytest.approx(time.time(), abs=5)

@@ -22,7 +22,7 @@ def main() -> None:
     ConfigError: If a flag names nothing that can be imported.
   """
   values = flags.FLAGS
-  path, out = folders.source(values.path), folders.new(values.out)
+  out, path = folders.new(values.out), folders.source(values.path)
   os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
   from unicode_jax.convert import importing

@@ -45,7 +45,7 @@ def import_checkpoint(path, out) -> pathlib.Path:
     ConfigError: nothing fit to import is there, or `out` is; says which tensor,
       setting or file.
   """
-  path, out = folders.source(path), folders.new(out)
+  out, path = folders.new(out), folders.source(path)
   gguf = path.is_file()
   if gguf:
     reader = readers.GGUFReader(path)

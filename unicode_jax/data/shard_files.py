@@ -127,6 +127,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
   return found
 
 
+def is_plain(name: str) -> bool:
+  """Says whether a name is that of a file in its own folder."""
+  return name not in ("", "..") and "\0" not in name and Path(name).name == name
+
+
 def inside(folder: Path, name: Any, where: str) -> Path:
   """Returns the file that a manifest names, which must be in its own folder.
 
@@ -139,12 +144,7 @@ def inside(folder: Path, name: Any, where: str) -> Path:
     ConfigError: it is no plain name: a manifest must not lead out of its
       folder.
   """
-  if (
-    not isinstance(name, str)
-    or name in ("", "..")
-    or "\0" in name
-    or Path(name).name != name
-  ):
+  if not isinstance(name, str) or not is_plain(name):
     raise config_lib.ConfigError(
       f"{where} names the file {name!r:.99}, which is not in its own folder: "
       "get it again from where it is from"

@@ -391,15 +391,18 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     try:
       text = file.read_text(encoding="utf-8")
       spec = config_lib.parse_json(text)
-      known = isinstance(spec, dict) and isinstance(spec.get("model"), dict)
-    except ValueError:  # Not text, or not JSON.
-      known = False
-    if not known:
+      if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise ValueError('no "model" in it')
+      return TextTokenizer(text, _read_config(file.parent))
+    except (OSError, config_lib.ConfigError):
+      raise
+    # What is no text or no JSON, and what `tokenizers` raises: bare Exceptions.
+    except Exception as error:
       raise config_lib.ConfigError(
-        f"{file} is not a Hugging Face tokenizer.json; give one, or the folder "
-        "of a Hugging Face model"
-      )
-    return TextTokenizer(text, _read_config(file.parent))
+        f"{file} is not a Hugging Face tokenizer.json, or what lies beside it "
+        f"is damaged ({type(error).__name__}: {str(error)[:200]}); give one, "
+        "or the folder of a Hugging Face model"
+      ) from error
   if not path.is_dir():
     raise config_lib.ConfigError(
       f"no tokenizer at {path}: config.text.tokenizer_path must be a Hugging "
@@ -416,9 +419,10 @@ def load_text_tokenizer(path: str | os.PathLike[str]) -> TextTokenizer:
     )
     text = loaded.backend_tokenizer.to_str()
   except (OSError, ValueError, ImportError, AttributeError) as error:
+    reason = str(error).strip().partition("\n")[0]
     raise config_lib.ConfigError(
       f"the folder {path} has no tokenizer.json, and transformers cannot load "
-      f"it either: {error}"
+      f"it either: {reason}"
     ) from error
   special = loaded.special_tokens_map
   roles = [f"{role}_token" for role in _USUAL_NAMES]

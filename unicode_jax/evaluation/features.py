@@ -103,14 +103,14 @@ def load_feature_network(name: str = "pixels") -> FeatureNetwork:
     ConfigError: there is no such network, or something that it needs is
       missing.
   """
+  if name.startswith("clip:"):
+    return load_clip(name.removeprefix("clip:")).network
   report.check_feature_network(name)
   if name == "pixels":
     return FeatureNetwork(
       "pixels", _PIXELS_SIDE**2 * 3, _pixel_features, chunk=1024
     )
-  if name == "efficientnet-lite0":
-    return _load_efficientnet()
-  return load_clip(name.removeprefix("clip:")).network
+  return _load_efficientnet()
 
 
 def area_resize(images: np.ndarray, side: int) -> np.ndarray:
@@ -260,8 +260,9 @@ def load_clip(folder: str | os.PathLike[str]) -> Clip:
       path, local_files_only=True, trust_remote_code=False
     )
   except (OSError, ValueError) as error:
+    reason = str(error).strip().partition("\n")[0]
     raise config_lib.ConfigError(
-      f"clip:{folder} cannot be loaded: {error}; want model.safetensors "
+      f"clip:{folder} cannot be loaded: {reason}; want model.safetensors "
       "and the tokenizer's files"
     ) from error
   side = model.config.vision_config.image_size

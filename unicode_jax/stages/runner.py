@@ -65,7 +65,7 @@ def loop_config(config, text_tokenizer=None) -> loop.LoopConfig:
     keep_checkpoints=config.keep_checkpoints,
     record=record,
     recovery=guard.RecoveryConfig(**config.recovery),
-    began=command.BEGAN,
+    began=command.began(),
   )
 
 

@@ -119,4 +119,8 @@ class Critic:
       (moved, new_opt_state),
       (params, opt_state),
     )
-    return params, opt_state, {"discriminator_loss": loss}
+    terms = {
+      "discriminator_loss": loss,
+      "discriminator_gradient_norm": optax.tree.norm(grads),
+    }
+    return params, opt_state, terms

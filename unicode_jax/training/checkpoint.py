@@ -7,22 +7,37 @@ processes. Checksums of every array and of the record tell whether it came back
 as it was; what did not is set aside, never removed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import contextlib
 import errno
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 
-from unicode_jax import config as config_lib, files
+from unicode_jax import config as config_lib, files, interruption
 from unicode_jax.training import checksums as checksums_lib
 
 _SUMS, _OWN_SUM = "checksums", "checksum"
 SET_ASIDE = "set_aside"
+# What orbax and TensorStore raise where files cannot be written.
+_WRITE_ERRORS = (OSError, ValueError)
+_NOT_THE_FILE = {
+  errno.EACCES,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ENOMEM,
+  errno.ENOTCONN,
+  errno.EPERM,
+  errno.ESTALE,
+  errno.ETIMEDOUT,
+}
+_NO_MEMORY = "RESOURCE_EXHAUSTED"
+_PAUSE = 0.5  # Seconds.
 # Where orbax puts the JSON of the item "record".
 _RECORD = pathlib.Path("record", "metadata")
 
@@ -44,7 +59,9 @@ class Checkpointer:
     self._directory = directory.absolute()
     self._manager = ocp.CheckpointManager(
       self._directory,
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=True
+      ),
     )
 
   def __enter__(self) -> "Checkpointer":
@@ -53,6 +70,9 @@ class Checkpointer:
 
   def __exit__(self, kind, error, trace) -> None:
     """Waits for the last save; what failed before is not hidden by it."""
+    own = kind is not None and not issubclass(kind, interruption.Preempted)
+    if own and jax.process_count() > 1:
+      return  # The others do not know, and a save waits for all of them.
     try:
       self.wait()
       self._manager.close()
@@ -88,15 +108,17 @@ class Checkpointer:
     """
     record = sealed(dict(record) | {_SUMS: checksums_lib.checksums(state)})
     try:
-      self._manager.save(
+      begun = self._manager.save(
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
           record=ocp.args.JsonSave(record),
         ),
       )
-    except Exception as error:  # Orbax passes on what its storage raises.
+    except _WRITE_ERRORS as error:
       raise self._failure(error) from error
+    if not begun:
+      raise self._failure(f"there are later ones: {self.steps()}")
 
   def wait(self) -> None:
     """Waits until the last save is whole.
@@ -106,13 +128,13 @@ class Checkpointer:
     """
     try:
       self._manager.wait_until_finished()
-    except Exception as error:
+    except _WRITE_ERRORS as error:
       raise self._failure(error) from error
 
-  def _failure(self, error: Exception) -> OSError:
+  def _failure(self, reason: Exception | str) -> OSError:
     return OSError(
       errno.EIO,
-      f"a checkpoint could not be written ({_first_line(error)}); those of "
+      f"a checkpoint could not be written ({_first_line(reason)}); those of "
       f"steps {self.steps()} are whole",
       str(self._directory),
     )
@@ -135,20 +157,20 @@ class Checkpointer:
 
     Raises:
       ConfigError: If there are checkpoints, but none is whole.
+      OSError: If one of several processes alone finds one damaged. It is set
+        aside then, so that all may start again.
     """
     damaged: dict[int, str] = {}
     newer = []
     for step in self.steps():
       if newest is None or step <= newest:
-        found, problem = None, ""
         try:
-          found = self._read(step, state)
-        except Exception as error:  # Of a damaged file, anything may come.
-          problem = _first_line(error)
-        if _everywhere(found is not None):
+          found = _twice(lambda step=step: self._read(step, state))
+        except DamagedError as error:
+          damaged[step] = str(error)
+        else:
           self._set_aside(newer)
           return step, *found, damaged
-        damaged[step] = problem or "damaged for another process"
       newer.append(step)
     if damaged:
       raise config_lib.ConfigError(
@@ -159,14 +181,27 @@ class Checkpointer:
     return None
 
   def _read(self, step: int, state: Any) -> tuple[Any, dict[str, Any]]:
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(state),
-        record=ocp.args.JsonRestore(),
-      ),
-    )
-    record = opened(restored["record"])
+    try:
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(state),
+          record=ocp.args.JsonRestore(),
+        ),
+      )
+      record = opened(restored["record"])
+    except Exception as error:
+      if jax.process_count() == 1:
+        raise _damage(error) from error
+      # The others wait for this process, so there is no agreeing with them.
+      problem = str(_damage(error))
+      self._rename(step)
+      raise OSError(
+        errno.EIO,
+        f"the checkpoint of step {step} is damaged for process "
+        f"{jax.process_index()} ({problem}), and is set aside",
+        str(self._directory),
+      ) from error
     check_sums(restored["state"], record)
     return restored["state"], record
 
@@ -175,23 +210,28 @@ class Checkpointer:
     if not steps:
       return
     if jax.process_index() == 0:
-      folder = self._directory.parent / SET_ASIDE
-      folder.mkdir(exist_ok=True)
       for step in steps:
-        place, number = folder / str(step), 1
-        while place.exists():
-          number += 1
-          place = folder / f"{step}-{number}"
-        (self._directory / str(step)).rename(place)
+        self._rename(step)
     if jax.process_count() > 1:
       multihost_utils.sync_global_devices("set_aside")
     self._manager.reload()
+
+  def _rename(self, step: int) -> None:
+    folder = self._directory.parent / SET_ASIDE
+    folder.mkdir(exist_ok=True)
+    place, number = folder / str(step), 1
+    while place.exists():
+      number += 1
+      place = folder / f"{step}-{number}"
+    with contextlib.suppress(FileNotFoundError):  # Another process was first.
+      (self._directory / str(step)).rename(place)
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
   """Returns a record with a checksum of its own."""
   text = json.dumps(record, sort_keys=True)
-  return dict(record) | {_OWN_SUM: checksums_lib.record_checksum(text)}
+  # A copy: it is written later, when what it was made of may have changed.
+  return json.loads(text) | {_OWN_SUM: checksums_lib.record_checksum(text)}
 
 
 def opened(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,9 +280,15 @@ def read_record(folder: pathlib.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    return opened(json.loads(path.read_text(encoding="utf-8")))
-  except (ValueError, TypeError) as error:
+    record = config_lib.parse_json(path.read_text(encoding="utf-8"))
+  except ValueError as error:
     raise DamagedError(f"{path}: {_first_line(error)}") from error
+  if not isinstance(record, dict):
+    raise DamagedError(f"{path} holds no object")
+  for name in ("config", _SUMS):
+    if not isinstance(record.get(name, {}), dict):
+      raise DamagedError(f"{path}: {name} is no object")
+  return opened(record)
 
 
 def read_variables(folder: pathlib.Path, config, variables: Any) -> Any:
@@ -287,8 +333,13 @@ def read_variables(folder: pathlib.Path, config, variables: Any) -> Any:
           partial_restore=True,
         ),
       )
-  except Exception as error:  # Of a damaged file, anything may come.
-    raise DamagedError(_first_line(error)) from error
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise _damage(error) from error
+    raise config_lib.ConfigError(
+      f"{folder} is damaged for process {jax.process_index()} "
+      f"({_damage(error)}): bring it back from a copy, or move it away"
+    ) from error
   check_sums(restored, record)
   return restored["variables"]
 
@@ -312,13 +363,35 @@ def check_sums(state: Any, record: Mapping[str, Any]) -> None:
     )
 
 
-def _everywhere(value: bool) -> bool:
-  """Says whether something holds in every process of the run."""
-  if jax.process_count() == 1:
-    return value
-  return bool(multihost_utils.process_allgather(np.int32(value)).all())
+def _damage(error: Exception) -> DamagedError:
+  """Takes what reading a checkpoint raised for damage, if it may be.
+
+  Of a damaged file, anything may come. But what says that there is no memory,
+  no permission or no connection says nothing about the file.
+
+  Raises:
+    Exception: The error, if it is of that kind.
+  """
+  passing = isinstance(error, OSError) and error.errno in _NOT_THE_FILE
+  if passing or isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+    raise error
+  if isinstance(error, DamagedError):
+    return error
+  return DamagedError(_first_line(error))
 
 
-def _first_line(error: Exception) -> str:
+def _twice(read: Callable[[], Any]) -> Any:
+  """Reads again where damage was found: it may have been the way here.
+
+  Several processes find the same sums, and so read again together.
+  """
+  try:
+    return read()
+  except DamagedError:
+    time.sleep(_PAUSE)
+    return read()
+
+
+def _first_line(error: Exception | str) -> str:
   text = str(error).strip() or type(error).__name__
   return text.splitlines()[0][:300]

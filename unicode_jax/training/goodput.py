@@ -59,6 +59,7 @@ class Goodput:
   def move(self, source: str, target: str, seconds: float) -> None:
     """Counts time under another cause than that under which it was spent."""
     with self._lock:
+      seconds = min(seconds, max(0.0, self._seconds[source]))
       self._seconds[source] -= seconds
       self._seconds[target] += seconds
 
@@ -66,7 +67,7 @@ class Goodput:
     """Adds what earlier processes spent, by cause."""
     with self._lock:
       for cause, value in seconds.items():
-        self._seconds[cause] += value
+        self._seconds[cause] = self._seconds.get(cause, 0.0) + value
 
   def go_back(self, seconds: Mapping[str, float]) -> None:
     """Counts all time since a checkpoint as lost.

@@ -1,8 +1,9 @@
 """A sign of life, and what all threads do when there is none.
 
 A thread writes `heartbeat.json` for whoever watches the run from outside, and
-for the next process, which learns from it how much time was lost. Where no step
-ends for a long time it writes the stacks of all threads to `stalls.txt`.
+for the next process, which learns from it how much time was lost. Where nothing
+is finished for a long time, neither a step nor an evaluation, it writes the
+stacks of all threads to `stalls.txt`.
 """
 
 from collections.abc import Callable
@@ -83,16 +84,19 @@ class Heartbeat:
   def _dump(self, quiet: float) -> None:
     now = datetime.datetime.now().isoformat(timespec="seconds")
     print(
-      f"WARNING: no step has ended for {quiet:.0f} s; {self._stalls} says what "
-      "all threads do",
+      f"WARNING: nothing was finished for {quiet:.0f} s; {self._stalls} says "
+      "what all threads do",
       file=sys.stderr,
       flush=True,
     )
-    with self._stalls.open("a") as file:
-      file.write(f"{now}: no step has ended for {quiet:.0f} s\n")
-      file.flush()
-      faulthandler.dump_traceback(file, all_threads=True)
-      file.write("\n")
+    try:
+      with self._stalls.open("a") as file:
+        file.write(f"{now}: nothing was finished for {quiet:.0f} s\n")
+        file.flush()
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.write("\n")
+    except OSError as error:
+      print(f"no {self._stalls}: {error}", file=sys.stderr, flush=True)
 
 
 def last(workdir: pathlib.Path) -> dict[str, Any] | None:
@@ -105,5 +109,8 @@ def last(workdir: pathlib.Path) -> dict[str, Any] | None:
     found = json.loads((workdir / NAME).read_text(encoding="utf-8"))
   except (OSError, ValueError):
     return None
-  is_whole = isinstance(found, dict) and {"time", "seconds"} <= found.keys()
-  return found if is_whole else None
+  match found:
+    case {"time": int() | float(), "seconds": dict(seconds)}:
+      numbers = all(isinstance(v, int | float) for v in seconds.values())
+      return found if numbers else None
+  return None

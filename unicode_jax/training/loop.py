@@ -13,7 +13,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from unicode_jax import config as config_lib, interruption, sharding
+from unicode_jax import config as config_lib, files, interruption, sharding
 from unicode_jax.training import (
   alarm as alarm_lib,
   checkpoint as checkpoint_lib,
@@ -27,8 +27,10 @@ from unicode_jax.training import (
 
 # For what runs once: its optimization costs more than it saves.
 _COMPILE_FAST = {"xla_backend_optimization_level": 0}
+_SIGNALS_ARRIVE = 0.5  # Seconds.
 # What went wrong and was dealt with, one JSON object a line.
 INCIDENTS = "incidents.jsonl"
+_REWOUND = "rewound.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,7 +301,8 @@ def train(
 ) -> state_lib.TrainState:
   """Trains a stage in a run folder, resuming from its newest checkpoint.
 
-  SIGTERM and Ctrl-C wait for the end of a step and its checkpoint.
+  SIGTERM and Ctrl-C wait for the end of a step and its checkpoint. Of several
+  processes only SIGTERM does, from the first step on.
 
   Args:
     stage: What to train.
@@ -330,10 +333,10 @@ def train(
     checkpoint_lib.Checkpointer(
       workdir / "checkpoints", config.keep_checkpoints
     ) as checkpointer,
-    contextlib.ExitStack() as files,
+    contextlib.ExitStack() as stack,
   ):
     run = _Run(stage, workdir, config, mesh, checkpointer, request)
-    files.callback(run.close)
+    stack.callback(run.close)
     run.begin()
     stop_at = stage.total_steps
     if until_step is not None:
@@ -371,9 +374,8 @@ class _Run:
       jax.process_index(),
     )
     self.progress = self.writer = None
+    self.iterators = {}
     self.state = None
-    # How often it went back, from where at last, and where to.
-    self.rewinds, self.failed_at, self.rewound_to = 0, 0, 0
     self.energy_warning = None
 
   @property
@@ -394,7 +396,8 @@ class _Run:
     self._account({} if found is None else found[2].get("seconds", {}))
     if found is not None:
       *position, damaged = found
-      then = position[2].get("text_tokenizer")
+      step, _, record = position
+      then = record.get("text_tokenizer")
       now = self.config.record.get("text_tokenizer")
       if None not in (then, now) and then != now:
         raise config_lib.ConfigError(
@@ -402,19 +405,27 @@ class _Run:
           "data and text.tokenizer_path give now: its ids would mean something "
           "else; bring that one back, or train into another --workdir"
         )
+      note = self.workdir / _REWOUND
+      if note.exists():
+        rewound = json.loads(note.read_text(encoding="utf-8"))
+        if rewound["rewinds"][2] == step:
+          record |= rewound
       self._stand_at(*position)
-      for step, problem in damaged.items():
-        self._incident("damaged", step=step, problem=problem)
-        self.progress.say(
-          f"WARNING: the checkpoint of step {step} is damaged ({problem}); it "
-          f"is in {self.workdir / checkpoint_lib.SET_ASIDE} now"
-        )
+      self._say_damaged(damaged)
       self.progress.say(f"resumed from step {self.step} in {self.workdir}")
       return
     self.state = jax.jit(
       stage.init, out_shardings=self.shardings, compiler_options=_COMPILE_FAST
     )(key, start)
     self._stand_at(0, self.state, {})
+
+  def _say_damaged(self, damaged: Mapping[int, str]) -> None:
+    for step, problem in damaged.items():
+      self._incident("damaged", step=step, problem=problem)
+      self.progress.say(
+        f"WARNING: the checkpoint of step {step} is damaged ({problem}); it is "
+        f"in {self.workdir / checkpoint_lib.SET_ASIDE} now"
+      )
 
   def _account(self, spent: Mapping[str, float]) -> None:
     """Adds what earlier processes spent and lost, and the time in between.
@@ -437,6 +448,10 @@ class _Run:
     self.step, self.state = step, state
     self.saved = step if record else None
     self.left_out = collections.Counter(record.get("left_out", {}))
+    # How often it went back, from where at last, and where to.
+    self.rewinds, self.failed_at, self.rewound_to = record.get(
+      "rewinds", (0, 0, 0)
+    )
     self.alarm = alarm_lib.CollapseAlarm(
       stage.alarm_config, record.get("alarm_below_since")
     )
@@ -444,6 +459,7 @@ class _Run:
       config.recovery, record.get("skipped_in_a_row")
     )
     self.started = time.monotonic() - record.get("train_seconds", 0.0)
+    self._close_iterators()
     self.iterators = stage.make_iterators(
       self._batches(step), sharding.batch_share(self.mesh)
     )
@@ -463,7 +479,13 @@ class _Run:
   def close(self) -> None:
     """Closes what is open, but for the checkpoints."""
     self._close_files()
+    self._close_iterators()
     self.heartbeat.close()
+
+  def _close_iterators(self) -> None:
+    for iterator in self.iterators.values():
+      iterator.close()
+    self.iterators = {}
 
   def _close_files(self) -> None:
     if self.progress is not None:
@@ -485,7 +507,9 @@ class _Run:
         saves = self._every(self.config.checkpoint_every) or last
         if self._every(self.config.log_every) or saves:
           self._log()
-        if saves:
+        # While steps are skipped the state is what it was, and older
+        # checkpoints, which may be better, would make room.
+        if saves and (last or not self.guard.in_a_row):
           self._save()
         self._look()
         self._leave_if_asked()
@@ -508,7 +532,13 @@ class _Run:
 
   def _train_step(self) -> None:
     phase = self.stage.phase(self.step)
-    batch = self.clock.read(self.iterators[phase.stream])
+    try:
+      batch = self.clock.read(self.iterators[phase.stream])
+    except Exception:
+      # A signal to all processes of the job ends those that read data, too.
+      time.sleep(_SIGNALS_ARRIVE)
+      self._leave_if_asked()
+      raise
     batch = sharding.put_batch(batch, self.mesh)
     if "image" in batch:
       self.image_batch = batch
@@ -612,7 +642,9 @@ class _Run:
       step=step,
       stream=phase.stream,
       batch=batch,
-      examples=self.stage.batch_names(phase.stream, batch),
+      examples=(
+        self.stage.batch_names(phase.stream, batch) if self.is_main else []
+      ),
     )
     self.progress.say(
       f"WARNING: step {step} skipped, its loss or gradient is not finite; "
@@ -623,8 +655,7 @@ class _Run:
     """Adds a line to the run's incidents."""
     if self.is_main:
       line = json.dumps({"kind": kind, "time": time.time()} | facts)
-      with (self.workdir / INCIDENTS).open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+      files.append(self.workdir / INCIDENTS, line + "\n")
 
   def _write(self, values: Mapping[str, float]) -> None:
     if self.writer is not None:
@@ -642,10 +673,10 @@ class _Run:
       return
     self.progress.say(text)
     if self.is_main:
-      with (self.workdir / "ALARM.txt").open("a") as file:
-        file.write(text + "\n")
+      files.append(self.workdir / "ALARM.txt", text + "\n")
     if self.alarm.config.stop:
       self._save()
+      self.checkpointer.wait()
       raise alarm_lib.CollapseError(
         text + " The run stopped, with a checkpoint; "
         "--config.alarm.stop=False goes on."
@@ -660,6 +691,7 @@ class _Run:
       "alarm_below_since": self.alarm.below_since,
       "skipped_in_a_row": self.guard.in_a_row,
       "left_out": dict(self.left_out),
+      "rewinds": [self.rewinds, self.failed_at, self.rewound_to],
       "train_seconds": time.monotonic() - self.started,
       "seconds": self.goodput.seconds(),
     }
@@ -692,17 +724,25 @@ class _Run:
         "another --workdir with a lower optimizer.*.learning_rate; the newest "
         f"checkpoint here is step {self.saved}"
       )
-    self.failed_at, read = self.step, self._batches(self.step)
+    read = self._batches(self.step)
     self.state = None
-    step, state, record, _ = self.checkpointer.restore(self.target, steps[0])
+    found = self.checkpointer.restore(self.target, steps[0])
+    step, state, record, damaged = found
     self.left_out.clear()
-    record["left_out"] = read - self._batches(step)
-    record["skipped_in_a_row"] = {}
+    record |= {
+      "left_out": read - self._batches(step),
+      "skipped_in_a_row": {},
+      "rewinds": [self.rewinds + 1, self.step, step],
+    }
+    if self.is_main:  # For a process that is killed before it saves.
+      note = {name: record[name] for name in ("left_out", "rewinds")}
+      files.write_whole(self.workdir / _REWOUND, json.dumps(note))
     self.goodput.go_back(record.get("seconds", {}))
     self._stand_at(step, state, record)
-    self.rewinds, self.rewound_to = self.rewinds + 1, step
+    self._say_damaged(damaged)
     self._incident("rewound", step=self.failed_at, to=step, since=since)
     self.progress.say(
       f"WARNING: steps {since} to {self.failed_at} were skipped: the run goes "
-      f"on from step {step}, with the data that comes after them"
+      f"on from step {step}, with the data that comes after them; later "
+      f"checkpoints, if any, are in {self.workdir / checkpoint_lib.SET_ASIDE}"
     )

@@ -117,7 +117,7 @@ def _is_shard(shard: Any) -> bool:
       "index_sha256": str(),
     }:
       # Nothing outside of the folder is read.
-      return file == Path(file).name and "\0" not in file and count >= 0
+      return shard_files.is_plain(file) and count >= 0
   return False
 
 
