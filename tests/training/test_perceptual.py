@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from unicode_jax import config as config_lib
 from unicode_jax.training import perceptual
 
 HAVE_PACKAGES = all(
