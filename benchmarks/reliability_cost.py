@@ -17,7 +17,7 @@ import jax
 
 from unicode_jax import config as config_lib, loading, sharding
 from unicode_jax.stages import pretrain, runner
-from unicode_jax.training import checkpoint, checksums, loop
+from unicode_jax.training import checkpoint, checksums, phase as phase_lib
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     shardings = sharding.state_shardings(shapes, mesh)
     state = jax.jit(stage.init, out_shardings=shardings)(key)
     phase = stage.phase(0)
-    step = loop.jit_step(phase, shardings, mesh)
+    step = phase_lib.jit_step(phase, shardings, mesh)
     batches = stage.make_iterators({"image": 0, "text": 0}, (0, 1))["image"]
     batch = sharding.put_batch(next(batches), mesh)
 

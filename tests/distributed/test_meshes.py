@@ -15,7 +15,7 @@ import numpy as np
 from configs import instruct as instruct_config, pretrain as pretrain_config
 from unicode_jax import config as config_lib, loading, sharding
 from unicode_jax.stages import instruct, pretrain, runner
-from unicode_jax.training import loop
+from unicode_jax.training import phase as phase_lib
 
 stage, paradigm, run = sys.argv[1:4]
 shapes = [tuple(map(int, text.split("x"))) for text in sys.argv[4:]]
@@ -62,7 +62,7 @@ def train(mesh):
       phase = made.phase(step)
       batch = sharding.put_batch(next(iterators[phase.stream]), mesh)
       if phase.step not in programs:
-        programs[phase.step] = loop.jit_step(phase, places, mesh)
+        programs[phase.step] = phase_lib.jit_step(phase, places, mesh)
       state, metrics = programs[phase.step](state, batch, None)
       losses.append(
         [

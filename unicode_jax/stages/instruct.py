@@ -41,8 +41,8 @@ from unicode_jax.stages import run_folder, runner
 from unicode_jax.training import (
   alarm as alarm_lib,
   instruct_step,
-  loop,
   optimizer as optimizer_lib,
+  phase as phase_lib,
   state as state_lib,
 )
 
@@ -199,7 +199,7 @@ def make_phase(config, model: unicode_lib.UniCode, num_groups: int):
     num_groups: Groups of the mixture.
   """
   instruct = config.instruct
-  return loop.Phase(
+  return phase_lib.Phase(
     name="instruct",
     stream="mixture",
     step=instruct_step.make_instruct_step(
@@ -333,12 +333,12 @@ class InstructStage:
       batch=batch,
     )
 
-  def phase(self, step: int) -> loop.Phase:
+  def phase(self, step: int) -> phase_lib.Phase:
     """Returns the only kind of step."""
     del step
     return self._phase
 
-  def transition(self, step: int) -> loop.Transition | None:
+  def transition(self, step: int) -> phase_lib.Transition | None:
     """Returns None: the codebook is frozen."""
     del step
     return None

@@ -31,7 +31,7 @@ from unicode_jax import (
 from unicode_jax.data import pipeline
 from unicode_jax.models import llama as llama_lib
 from unicode_jax.stages import runner, tokenizer as tokenizer_stage
-from unicode_jax.training import loop, steps
+from unicode_jax.training import phase as phase_lib, steps
 
 CURVES = tokenizer_stage.CURVES | {
   "Text loss": ("text/loss",),
@@ -104,7 +104,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
   def _make_phases(self):
     phases = super()._make_phases()
     text = self.config.text
-    phases["llm"] = loop.Phase(
+    phases["llm"] = phase_lib.Phase(
       name="llm",
       stream="text",
       step=steps.make_llm_step(
@@ -142,7 +142,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
       batch=batch,
     )
 
-  def phase(self, step: int) -> loop.Phase:
+  def phase(self, step: int) -> phase_lib.Phase:
     """Returns what the schedule says for a step (0-based)."""
     if step >= self.config.num_steps:
       return self.phases["finetune"]
@@ -150,7 +150,7 @@ class PretrainStage(tokenizer_stage.TokenizerStage):
     image_turn = in_cycle < self.schedule.tokenizer_steps
     return self.phases["tokenizer" if image_turn else "llm"]
 
-  def transition(self, step: int) -> loop.Transition | None:
+  def transition(self, step: int) -> phase_lib.Transition | None:
     """Says how rows move between table and codebook after a step.
 
     A round of `dual` that the end of the alternation cuts short is written back

@@ -17,7 +17,7 @@ from unicode_jax import config as config_lib, loading, sampling, sharding
 from unicode_jax.models import llama as llama_lib
 from unicode_jax.nn import fused_attention
 from unicode_jax.stages import instruct, pretrain, tokenizer
-from unicode_jax.training import loop
+from unicode_jax.training import phase as phase_lib
 
 # Of the decoding program: rows on every share of the batch, positions of the
 # prompt, new ids.
@@ -99,7 +99,7 @@ def train_programs(config, mesh: jax.sharding.Mesh) -> list[Program]:
   return [
     Program(
       name=phase.name,
-      function=loop.jit_step(phase, shardings, mesh),
+      function=phase_lib.jit_step(phase, shardings, mesh),
       arguments=(
         sharding.placed_shapes(state, shardings),
         sharding.placed_shapes(

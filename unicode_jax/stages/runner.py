@@ -17,7 +17,7 @@ from unicode_jax import (
   sharding,
 )
 from unicode_jax.stages import run_folder
-from unicode_jax.training import guard, loop, report
+from unicode_jax.training import guard, loop, phase as phase_lib, report
 
 
 def load_data(
@@ -102,7 +102,7 @@ def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
 
 
 def train_and_report(
-  stage: loop.Stage, config, workdir: pathlib.Path, mesh, curves
+  stage: phase_lib.Stage, config, workdir: pathlib.Path, mesh, curves
 ) -> None:
   """Trains a stage to its end and writes the report.
 

@@ -23,9 +23,9 @@ from unicode_jax.stages import runner
 from unicode_jax.training import (
   adversarial,
   alarm as alarm_lib,
-  loop,
   optimizer as optimizer_lib,
   perceptual,
+  phase as phase_lib,
   state as state_lib,
   steps,
   visual_evaluation,
@@ -118,12 +118,12 @@ class TokenizerStage:
       )
     return optimizers
 
-  def _make_phases(self) -> dict[str, loop.Phase]:
+  def _make_phases(self) -> dict[str, phase_lib.Phase]:
     return {
       "tokenizer": self._image_phase("tokenizer", self.trained),
     }
 
-  def _image_phase(self, name: str, trained) -> loop.Phase:
+  def _image_phase(self, name: str, trained) -> phase_lib.Phase:
     loss = self.config.tokenizer.loss
     step = steps.make_tokenizer_step(
       self.model,
@@ -140,7 +140,7 @@ class TokenizerStage:
       opt_name=name,
       critic=self.critic,
     )
-    return loop.Phase(
+    return phase_lib.Phase(
       name=name,
       stream="image",
       step=step,
@@ -208,12 +208,12 @@ class TokenizerStage:
       batch=batch,
     )
 
-  def phase(self, step: int) -> loop.Phase:
+  def phase(self, step: int) -> phase_lib.Phase:
     """Returns the only kind of step."""
     del step
     return self.phases["tokenizer"]
 
-  def transition(self, step: int) -> loop.Transition | None:
+  def transition(self, step: int) -> phase_lib.Transition | None:
     """Returns None: a private codebook has nothing to follow."""
     del step
     return None

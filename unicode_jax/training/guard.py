@@ -46,7 +46,7 @@ def guarded(step: Callable) -> Callable:
   """Makes a step change nothing where its loss or gradient is not finite.
 
   Args:
-    step: (state, batch, constants) -> (state, metrics), as of `loop.Phase`.
+    step: (state, batch, constants) -> (state, metrics), as of `phase.Phase`.
 
   Returns:
     The same with the metric "skipped", float32[], 0 or 1. A skipped step counts

@@ -1,13 +1,13 @@
 """The training loop. It never imports a stage: it is given one."""
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import json
 import pathlib
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -17,10 +17,12 @@ from unicode_jax import config as config_lib, files, interruption, sharding
 from unicode_jax.training import (
   alarm as alarm_lib,
   checkpoint as checkpoint_lib,
+  clock as clock_lib,
   goodput as goodput_lib,
   guard as guard_lib,
   heartbeat as heartbeat_lib,
   metrics as metrics_lib,
+  phase as phase_lib,
   pictures,
   state as state_lib,
 )
@@ -60,240 +62,12 @@ class LoopConfig:
   began: float | None = None
 
 
-Transition = Callable[[state_lib.TrainState], state_lib.TrainState]
-
-
 class DivergenceError(config_lib.RunError):
   """Raised when losses stay not finite."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Phase:
-  """One kind of step.
-
-  Attributes:
-    name: For metrics, e.g. "tokenizer".
-    stream: Name of the data stream that it reads.
-    step: Pure (state, batch, constants) -> (state, metrics).
-    items: How much a step consumes, all processes together.
-    unit: Of what, "images" or "tokens".
-    constants: Tree of arrays that every step is given, e.g. fixed weights.
-  """
-
-  name: str
-  stream: str
-  step: Callable[[Any, Any, Any], tuple[Any, dict[str, jax.Array]]]
-  items: int
-  unit: str
-  constants: Any = None
-
-
-class Stage(Protocol):
-  """What the loop needs to know about a training stage.
-
-  All of it is called with the loop's mesh set (`jax.set_mesh`).
-  """
-
-  total_steps: int
-  alarm_config: alarm_lib.AlarmConfig
-
-  def start(self, mesh: jax.sharding.Mesh) -> Any:
-    """Returns the tree of arrays that `init` begins from, None without one.
-
-    They are spread over the mesh. It is called once: a stage may let go of
-    what it hands over.
-    """
-
-  def init(self, key: jax.Array, start: Any) -> state_lib.TrainState:
-    """Draws the initial state."""
-
-  def make_iterators(
-    self, start: Mapping[str, int], share: tuple[int, int]
-  ) -> dict[str, Any]:
-    """Opens the grain iterator of every stream.
-
-    Args:
-      start: Batches to leave out, by stream; a `collections.Counter`.
-      share: The part of every batch to read, and of how many.
-    """
-
-  def batch_names(self, stream: str, batch: int) -> list[str]:
-    """Names the examples of a batch, of all processes.
-
-    Args:
-      stream: One of those of `make_iterators`.
-      batch: Its number, from 0.
-    """
-
-  def phase(self, step: int) -> Phase:
-    """Returns what to do at a step (0-based)."""
-
-  def transition(self, step: int) -> Transition | None:
-    """Says how rows move between table and codebook after a step.
-
-    Args:
-      step: Steps done.
-
-    Returns:
-      A pure function of the state, None where nothing moves.
-    """
-
-  def summarize(
-    self,
-    state: state_lib.TrainState,
-    window: Mapping[str, np.ndarray],
-    batch: Mapping[str, jax.Array] | None,
-  ) -> dict[str, float]:
-    """Turns the sums of a log window into scalars to log.
-
-    `batch` is the window's latest image batch, None without one.
-    """
-
-  def growing_energy(self, metrics: Mapping[str, float]) -> str | None:
-    """Says which depth adds energy, if one does (H2)."""
-
-  def likely_cause(self, metrics: Mapping[str, float]) -> str:
-    """Says why the codebook would be collapsing, should it be."""
-
-  def evaluate(
-    self, state: state_lib.TrainState, *, final: bool
-  ) -> dict[str, float]:
-    """Measures held-out data; more of it at the end of the run."""
-
-  def pictures(
-    self, state: state_lib.TrainState
-  ) -> dict[str, tuple[list[np.ndarray], list[str]]]:
-    """Returns columns and titles of a picture grid per held-out set."""
-
-  def headline(self, metrics: Mapping[str, float]) -> str:
-    """Says the metrics in a few words, for the progress line."""
-
-
-def jit_step(phase: Phase, shardings, mesh: jax.sharding.Mesh) -> Callable:
-  """Makes the program of a phase.
-
-  Args:
-    phase: What it does.
-    shardings: Of the state.
-    mesh: Device mesh.
-
-  Returns:
-    (state, batch, constants) -> (state, metrics), as of `guard.guarded`; the
-    state is donated, and the metrics are whole on every device.
-  """
-  return jax.jit(
-    guard_lib.guarded(phase.step),
-    donate_argnums=0,
-    out_shardings=(shardings, sharding.replicated(mesh)),
-  )
-
-
-class _Programs:
-  """Compiles every step and transition once, and keeps the state in place."""
-
-  def __init__(self, shardings, mesh: jax.sharding.Mesh):
-    self._shardings, self._mesh = shardings, mesh
-    self._steps: dict[Phase, tuple[Callable, Any]] = {}
-    self._moves: dict[Transition, Callable] = {}
-
-  def step(self, phase: Phase, state, batch):
-    """Runs a phase's step; the state is donated."""
-    if phase not in self._steps:
-      everywhere = sharding.replicated(self._mesh)
-      self._steps[phase] = (
-        jit_step(phase, self._shardings, self._mesh),
-        jax.device_put(phase.constants, everywhere),
-      )
-    program, constants = self._steps[phase]
-    return program(state, batch, constants)
-
-  def move(self, transition: Transition, state):
-    """Runs a transition; the state is donated."""
-    if transition not in self._moves:
-      self._moves[transition] = jax.jit(
-        transition, donate_argnums=0, out_shardings=self._shardings
-      )
-    return self._moves[transition](state)
-
-
-class _Clock:
-  """Time by phase, without waiting for the device at every step.
-
-  A phase's first step in this process compiles; it is timed apart.
-  """
-
-  def __init__(self, goodput: goodput_lib.Goodput):
-    self.goodput = goodput
-    self.compile_seconds = 0.0
-    self._seen: set[Phase] = set()
-    self._phase: Phase | None = None
-    self._pending = None
-    self._clear()
-
-  def _clear(self):
-    self._seconds = collections.Counter()
-    self._steps = collections.Counter()
-
-  def read(self, iterator):
-    """Takes a batch; time that the device waits for it is told apart."""
-    before = self.goodput.spend("data")
-    start = time.monotonic()
-    batch = next(iterator)
-    self.goodput.spend(before)
-    if self._phase is not None and not _is_ready(self._pending):
-      self.goodput.move("data", before, time.monotonic() - start)
-    return batch
-
-  def run(self, programs: _Programs, phase: Phase, state, batch):
-    """Runs one step, and counts it."""
-    if phase not in self._seen:
-      self.pause("compile")
-      self._seen.add(phase)
-      start = time.monotonic()
-      result = jax.block_until_ready(programs.step(phase, state, batch))
-      self.compile_seconds += time.monotonic() - start
-      return result
-    if phase != self._phase:
-      self.pause(goodput_lib.STEP)
-      self._phase, self._start = phase, time.monotonic()
-    state, step_metrics = programs.step(phase, state, batch)
-    self._pending = step_metrics
-    self._steps[phase] += 1
-    return state, step_metrics
-
-  def pause(self, cause: str) -> None:
-    """Waits for the device and closes the running interval.
-
-    Args:
-      cause: What time is spent on from here.
-    """
-    if self._phase is not None:
-      jax.block_until_ready(self._pending)
-      self._seconds[self._phase] += time.monotonic() - self._start
-      self._phase = None
-    self.goodput.spend(cause)
-
-  def flush(self) -> dict[str, float]:
-    """Returns seconds per step and items per second, by phase."""
-    self.pause("evaluation")
-    result = {"time/compile_seconds": self.compile_seconds}
-    for phase, seconds in self._seconds.items():
-      per_step = seconds / self._steps[phase]
-      result[f"time/{phase.name}_step_seconds"] = per_step
-      result[f"time/{phase.name}_{phase.unit}_per_second"] = (
-        phase.items / per_step
-      )
-    self._clear()
-    return result
-
-
-def _is_ready(tree) -> bool:
-  """Says whether the device has computed something."""
-  return all(leaf.is_ready() for leaf in jax.tree.leaves(tree))
-
-
 def train(
-  stage: Stage,
+  stage: phase_lib.Stage,
   workdir: pathlib.Path,
   config: LoopConfig,
   mesh: jax.sharding.Mesh,
@@ -362,7 +136,7 @@ class _Run:
     # What the last process said, before this one says anything.
     self.before = heartbeat_lib.last(workdir)
     self.step, self.saved = 0, None
-    self.clock = _Clock(goodput_lib.Goodput(config.began))
+    self.clock = clock_lib.Clock(goodput_lib.Goodput(config.began))
     self.heartbeat = heartbeat_lib.Heartbeat(
       workdir,
       lambda: {
@@ -391,7 +165,7 @@ class _Run:
     shapes = jax.eval_shape(stage.init, key, start)
     self.shardings = sharding.state_shardings(shapes, self.mesh)
     self.target = sharding.placed_shapes(shapes, self.shardings)
-    self.programs = _Programs(self.shardings, self.mesh)
+    self.programs = phase_lib.Programs(self.shardings, self.mesh)
     found = self.checkpointer.restore(self.target)
     self._account({} if found is None else found[2].get("seconds", {}))
     if found is not None:
@@ -628,7 +402,7 @@ class _Run:
       self._sound(values)
 
   def _note_skipped(
-    self, step: int, phase: Phase, timing: Mapping[str, float]
+    self, step: int, phase: phase_lib.Phase, timing: Mapping[str, float]
   ) -> None:
     """Writes down what a skipped step had read."""
     batch = self._batches(step - 1)[phase.stream]
