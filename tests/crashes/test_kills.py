@@ -1,5 +1,7 @@
 """SIGKILL at any moment loses the steps since the last checkpoint, no more."""
 
+import time
+
 import pytest
 
 from tests.crashes import harness
@@ -31,6 +33,21 @@ def test_stage_one_for_long(stage_one, tmp_path):
   )
   assert straight.finish() == 0
   check(killed, *folders, kills=70)
+
+
+def test_an_export_is_whole_or_not_there(straight, tmp_path):
+  out = tmp_path / "out"
+  flags = [f"--workdir={straight}", f"--out={out}"]
+  command = harness.Command("export", flags, tmp_path / "log")
+  for late in (0.0, 0.3):
+    process = command.start()
+    harness.wait_for(lambda: any(tmp_path.glob(".out.*")), process)
+    time.sleep(late)
+    harness.kill(process)
+    assert not out.exists()
+  assert command.finish() == 0, command.said()
+  assert (out / "model.safetensors").is_file()
+  assert not any(tmp_path.glob(".out.*"))  # Nor of those that were killed.
 
 
 @pytest.fixture

@@ -49,6 +49,8 @@ def test_sigterm_and_ctrl_c_save(stage_one, straight, tmp_path):
   assert found["pictures"] == expected["pictures"]
   assert found["metrics"][-1] == expected["metrics"][-1]
   # Where the time went, of all processes.
+  report = (workdir / "report.md").read_text()
+  assert "| step |" in report and "| down |" in report
   spent = record_of(workdir, harness.checkpoints(workdir)[-1])["seconds"]
   assert spent["down"] > 0 and spent["step"] > 0
   taken = time.time() - began
@@ -85,6 +87,16 @@ def test_a_full_disk_ends_the_run_and_harms_nothing(
   assert command.finish() == 0
   assert f"resumed from step {had[-1]}" in command.said()
   assert harness.result(workdir) == harness.result(straight)
+
+
+def test_a_disk_that_cannot_be_written_is_one_line(stage_one, small_disk):
+  disk = small_disk(1_000_000)
+  subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+  command = stage_one(disk / "run")
+  command.log = disk.with_suffix(".log")
+  assert command.finish() == 2
+  (line,) = command.said().splitlines()
+  assert f"'{disk}/run'" in line and "name a file or folder" in line
 
 
 def test_a_damaged_checkpoint_costs_its_steps_alone(

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 import contextlib
+import glob
 import os
 import pathlib
 import shutil
+import socket
 
 from unicode_jax import config as config_lib
 
@@ -50,10 +52,18 @@ def new(out: str | os.PathLike[str]) -> pathlib.Path:
 
 @contextlib.contextmanager
 def filled(out: pathlib.Path) -> Iterator[pathlib.Path]:
-  """Yields a folder to fill, which becomes `out` unless an error is raised."""
-  work = out.with_name(f".{out.name}.{os.getpid()}")
+  """Yields a folder to fill, which becomes `out` unless an error is raised.
+
+  What processes of this machine left there that were killed is removed.
+  """
+  prefix = f".{out.name}.{socket.gethostname()}."
+  work = out.with_name(f"{prefix}{os.getpid()}")
   try:
     work.mkdir(parents=True)
+    for other in out.parent.glob(f"{glob.escape(prefix)}*"):
+      number = other.name.removeprefix(prefix)
+      if number.isdigit() and not _runs(int(number)):
+        shutil.rmtree(other, ignore_errors=True)
   except OSError as error:
     raise config_lib.ConfigError(
       f"--out={out} cannot be made ({error.strerror}): name another"
@@ -63,3 +73,14 @@ def filled(out: pathlib.Path) -> Iterator[pathlib.Path]:
     work.rename(out)
   finally:
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+  """Says whether there is a process of a number."""
+  try:
+    os.kill(process, 0)
+  except ProcessLookupError:
+    return False
+  except (OSError, OverflowError):  # Another user's, or nobody's number.
+    pass
+  return True

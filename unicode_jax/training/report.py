@@ -84,7 +84,7 @@ def write_report(
     f"| {_number(last[name])} |"
     for name in sorted(last)
   ]
-  lines += [""]
+  lines += ["", *_time(rows)]
   newest: dict[str, pathlib.Path] = {}
   for path in sorted((workdir / "pictures").glob("*.png")):
     newest[path.stem.rsplit("_", 1)[0]] = path
@@ -98,6 +98,28 @@ def write_report(
   report = workdir / "report.md"
   files.write_whole(report, "\n".join(lines))
   return report
+
+
+def _time(rows: Sequence[Mapping[str, float]]) -> list[str]:
+  """Says where the time went, as of the last line that does."""
+  prefix, suffix = "goodput/", "_seconds"
+  counted = [row for row in rows if f"{prefix}share" in row]
+  if not counted:
+    return []
+  seconds = {
+    name.removeprefix(prefix).removesuffix(suffix): value
+    for name, value in counted[-1].items()
+    if name.startswith(prefix) and name.endswith(suffix)
+  }
+  total = sum(seconds.values()) or 1.0
+  lines = ["## Where the time went", "", "| cause | seconds | share |"]
+  lines += ["|---|---|---|"]
+  lines += [
+    f"| {cause} | {value:.1f} | {value / total:.1%} |"
+    for cause, value in seconds.items()
+    if value
+  ]
+  return [*lines, ""]
 
 
 def _number(value: float | None) -> str:
