@@ -74,7 +74,7 @@ def stage_two(data_flags, straight, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("steps", "kills"), [(150, 3), pytest.param(900, 40, marks=pytest.mark.slow)]
+  ("steps", "kills"), [(60, 1), pytest.param(900, 40, marks=pytest.mark.slow)]
 )
 def test_stage_two_and_its_codes(stage_two, steps, kills):
   """The first kills come while the images are encoded."""

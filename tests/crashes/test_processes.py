@@ -4,6 +4,8 @@ import signal
 import socket
 import time
 
+import pytest
+
 from tests.crashes import harness
 
 
@@ -30,6 +32,7 @@ def finish(started):
     assert process.wait(harness.TIMEOUT) == 0, command.said()[-3000:]
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed_or_told_to_end(stage_one, host_devices, tmp_path):
   workdir, straight = tmp_path / "run", tmp_path / "straight"
   finish(start(stage_one, straight, host_devices))

@@ -72,7 +72,7 @@ def test_time_to_end_is_limited(stage_one, tmp_path):
 def test_a_full_disk_ends_the_run_and_harms_nothing(
   stage_one, straight, small_disk
 ):
-  disk = small_disk(8_000_000)
+  disk = small_disk(4_000_000)
   workdir = disk / "run"
   command = stage_one(workdir)
   command.log = disk.with_suffix(".log")

@@ -15,6 +15,7 @@ def assert_close(found, expected):
     assert found[step] == pytest.approx(row, rel=TOLERANCE, abs=1e-6), step
 
 
+@pytest.mark.slow
 def test_processes_that_share_rows(launch, logged, tmp_path):
   """One device each: both read the whole batch, and split the tensors."""
   launch(1, 1, "pretrain", tmp_path / "one")
@@ -35,6 +36,7 @@ def test_stage_one_by_two_processes(launch, logged, tmp_path):
   assert {p.name for p in (tmp_path / "two/pictures").iterdir()} == {*pictures}
 
 
+@pytest.mark.slow
 def test_stage_two_by_two_processes(launch, logged, stage_one, tmp_path):
   """They share the encoding of the images, too."""
   start = {"init_from": stage_one[0], "data__codes": "auto"}
