@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, files
 
 # In the order in which they run and are reported.
 SUITES = (
@@ -138,9 +138,7 @@ def write(out: Path, results: Mapping[str, Any]) -> None:
     (RESULTS, json.dumps(plain(results), indent=2) + "\n"),
     (REPORT, markdown(results)),
   ):
-    temporary = out / f"{name}.tmp"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(out / name)
+    files.write_whole(out / name, text)
 
 
 def plain(value: Any) -> Any:
