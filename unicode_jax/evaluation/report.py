@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from unicode_jax import config as config_lib, files
+from unicode_jax.training import pictures
 
 # In the order in which they run and are reported.
 SUITES = (
@@ -510,7 +511,4 @@ def save_sheet(
       draw.rectangle((x - 1, top - 1, x + side, top + side), outline="#cccccc")
     for j, line in enumerate(lines):
       draw.text((left, top + side + 2 + j * _LINE), line, "black", font=font)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp.png")
-  sheet.save(temporary)
-  temporary.replace(path)
+  pictures.save_sheet(path, sheet)

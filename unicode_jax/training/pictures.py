@@ -1,9 +1,12 @@
 """Pictures of a run: originals beside reconstructions at every depth."""
 
 from collections.abc import Sequence
+import io
 import pathlib
 
 import numpy as np
+
+from unicode_jax import files
 
 TILE_GAP = 2
 HEADER_HEIGHT = 14
@@ -50,7 +53,12 @@ def save_grid(
   draw = ImageDraw.Draw(sheet)
   for i, title in enumerate(titles):
     draw.text((i * (width + TILE_GAP) + 2, 1), title, fill="black")
+  save_sheet(path, sheet)
+
+
+def save_sheet(path: pathlib.Path, sheet) -> None:
+  """Writes a `PIL.Image` as PNG, whole, in a folder that is made if missing."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_suffix(".tmp.png")
-  sheet.save(temporary)
-  temporary.replace(path)
+  content = io.BytesIO()
+  sheet.save(content, "PNG")
+  files.write_whole(path, content.getvalue())
