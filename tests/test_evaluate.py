@@ -27,6 +27,7 @@ def run(*command):
     (["--workdir=.", "--suites="], ["name some of"]),
     (["--workdir=.", "more"], ["'more'"]),
     (["--workdir=.", "--config.data.path"], ["--config.data.path=VALUE"]),
+    (["--workdir=.", "--config.image_size=big"], ["image_size", "'big'"]),
   ],
 )
 def test_a_mistake_is_one_line(arguments, fragments):

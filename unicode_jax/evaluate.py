@@ -7,9 +7,13 @@ pope, caption, text, decompression, pictures):
   python -m unicode_jax.evaluate --workdir=runs/mine --suites=vqa,pope \
     --max_images=100
 
-Other data than the run's, of the same size (unicode_jax/config.py):
+Other data than the run's (unicode_jax/config.py):
   python -m unicode_jax.evaluate --workdir=runs/mine \
     --config.data.source=folder --config.data.path=DIR
+
+Pictures of another size than the run was trained on:
+  python -m unicode_jax.evaluate --workdir=runs/mine --config.image_size=40 \
+    --out=runs/mine/evaluation_40
 
 Writes results.json and report.md to RUN/evaluation, or to --out.
 """
@@ -68,7 +72,8 @@ def main(overrides: Mapping[str, str]) -> None:
   """Loads a run and its data, and evaluates it.
 
   Args:
-    overrides: Values of --config.KEY=VALUE; only data.* may be set.
+    overrides: Values of --config.KEY=VALUE; only data.* and image_size may be
+      set.
 
   Raises:
     ConfigError: If the run, the data or a flag is of no use.
@@ -81,9 +86,12 @@ def main(overrides: Mapping[str, str]) -> None:
     config_lib.check_sampling({"guidance": _GUIDANCE.value})
   config_lib.apply_overrides(config_lib.default_config(), overrides)
   workdir = pathlib.Path(os.path.expanduser(_WORKDIR.value))
-  config_lib.read_run(workdir)
+  config = config_lib.read_run(workdir)
+  overrides = dict(overrides)
+  size = {k: overrides.pop(k) for k in ("image_size",) if k in overrides}
+  resized = config_lib.check_model(config_lib.apply_overrides(config, size))
   # JAX takes seconds to import.
-  from unicode_jax import inference  # pylint: disable=g-import-not-at-top
+  from unicode_jax import inference, loading  # pylint: disable=g-import-not-at-top
   from unicode_jax.evaluation import bench, suites  # pylint: disable=g-import-not-at-top
 
   settings = bench.Settings(
@@ -94,6 +102,9 @@ def main(overrides: Mapping[str, str]) -> None:
     features=features,
   )
   model = inference.load(workdir, _STEP.value)
+  if size:
+    loaded = loading.at_image_size(model.loaded, resized.image_size)
+    model = inference.UniCodeModel(loaded)
   data = bench.load_data(model.loaded, overrides)
   out = pathlib.Path(os.path.expanduser(_OUT.value or workdir / "evaluation"))
   suites.evaluate(

@@ -217,6 +217,27 @@ def load(
   return Loaded(config, model, variables, tokenizer, workdir, step)
 
 
+def at_image_size(loaded: Loaded, image_size: int) -> Loaded:
+  """Returns the same model for images of another size.
+
+  Encoder and decoder are convolutions, and the LLM reads however many positions
+  there are; none of them was trained on this number, so expect worse than at
+  the run's own size (METHOD section 5).
+
+  Args:
+    loaded: The run.
+    image_size: S, pixels; a multiple of the tokenizer's downsampling.
+
+  Raises:
+    ConfigError: If the grid of the tokenizer cannot have this size.
+  """
+  asked = config_lib.apply_overrides(loaded.config, {"image_size": image_size})
+  config = config_lib.check_model(asked)
+  tokenizer = dataclasses.replace(loaded.model.tokenizer, image_size=image_size)
+  model = dataclasses.replace(loaded.model, tokenizer=tokenizer)
+  return dataclasses.replace(loaded, config=config, model=model)
+
+
 def load_llm(
   workdir: str | os.PathLike[str],
   step: int | None = None,

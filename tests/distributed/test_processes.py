@@ -23,6 +23,7 @@ def test_processes_that_share_rows(launch, logged, tmp_path):
   assert_close(logged(tmp_path / "two"), logged(tmp_path / "one"))
 
 
+@pytest.mark.slow
 def test_stage_one_by_two_processes(launch, logged, tmp_path):
   """Data, parameters and tensors split: four devices each."""
   launch(1, 1, "pretrain", tmp_path / "one")

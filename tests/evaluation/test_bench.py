@@ -4,9 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from unicode_jax import config as config_lib, inference
+from unicode_jax import config as config_lib, inference, loading
 from unicode_jax.data import sequences
-from unicode_jax.evaluation import bench as bench_lib
+from unicode_jax.evaluation import bench as bench_lib, report, suites
 
 
 def test_kernel_distance_of_pairs_is_not_below_zero(make_bench):
@@ -71,6 +71,31 @@ def test_what_cannot_be_overridden(tiny, overrides, fragments):
     bench_lib.load_data(tiny.model.loaded, overrides)
   for fragment in fragments:
     assert fragment in str(caught.value)
+
+
+def test_pictures_of_another_size(tiny, tmp_path):
+  """All that is measured at the run's size is, on as many more positions."""
+  loaded = tiny.model.loaded
+  size = loaded.config.image_size * 3 // 2
+  model = inference.UniCodeModel(loading.at_image_size(loaded, size))
+  settings = bench_lib.Settings(
+    suites=("reconstruction", "generation", "vqa", "decompression"),
+    max_images=8,
+    judge_steps=2,
+  )
+  data = bench_lib.load_data(model.loaded)
+  results = suites.evaluate(model, data, settings, tmp_path)["suites"]
+  assert all("results" in entry for entry in results.values())
+  positions = tiny.model.loaded.model.num_positions * 9 // 4
+  assert f"{positions} x" in report.read(tmp_path)["run"]["quantizer"]
+  images = data.heldout_images["easy_vqa_test"][:2]
+  assert model.encode(images).shape[1] == positions
+  assert model.decode(model.encode(images)).shape == images.shape
+
+
+def test_a_size_that_the_grid_cannot_have(tiny):
+  with pytest.raises(config_lib.ConfigError, match="image_size=17"):
+    loading.at_image_size(tiny.model.loaded, 17)
 
 
 def test_spread_takes_both_ends_and_no_picture_twice():

@@ -164,8 +164,8 @@ def load_data(
   for key in overrides:
     if not key.startswith("data."):
       raise config_lib.ConfigError(
-        f"--config.{key}: only --config.data.* can be set here, all else is "
-        f"the run's ({loaded.workdir})"
+        f"--config.{key}: only --config.data.* and --config.image_size can be "
+        f"set here, all else is the run's ({loaded.workdir})"
       )
   asked = config_lib.apply_overrides(loaded.config, overrides)
   elsewhere = _origin(asked) != _origin(loaded.config)
