@@ -82,10 +82,13 @@ def test_pictures_of_another_size(tiny, tmp_path):
     suites=("reconstruction", "generation", "vqa", "decompression"),
     max_images=8,
     judge_steps=2,
+    perceptual=False,
   )
   data = bench_lib.load_data(model.loaded)
   results = suites.evaluate(model, data, settings, tmp_path)["suites"]
   assert all("results" in entry for entry in results.values())
+  for found in results["reconstruction"]["results"].values():
+    assert found["psnr"] and found["perceptual"] is None
   positions = tiny.model.loaded.model.num_positions * 9 // 4
   assert f"{positions} x" in report.read(tmp_path)["run"]["quantizer"]
   images = data.heldout_images["easy_vqa_test"][:2]

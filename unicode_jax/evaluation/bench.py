@@ -56,6 +56,8 @@ class Settings:
     guidance: of drawings; None takes `inference.DRAW_SAMPLING`'s.
     features: networks whose features tell sets of pictures apart.
     judge_steps: steps that the judge of drawings is trained for.
+    perceptual: whether to measure the perceptual distance of reconstructions,
+      which takes longer than all else that is measured of them.
 
   Raises:
     ConfigError: a value out of its range.
@@ -67,6 +69,7 @@ class Settings:
   guidance: float | None = None
   features: tuple[str, ...] = ("pixels",)
   judge_steps: int = 600
+  perceptual: bool = True
 
   def __post_init__(self):
     if self.max_images is not None and self.max_images < 1:

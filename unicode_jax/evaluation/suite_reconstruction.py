@@ -37,12 +37,15 @@ def reconstruction(bench: Bench) -> Outcome:
     used = codebook_lib.codebook_statistics(
       jnp.asarray(counts, jnp.float32), loaded.variables.valid
     )
-    chosen = spread(len(final), _PERCEPTUAL_IMAGES)
-    perceptual = features_lib.perceptual_distance(
-      final[chosen], held.images[chosen]
-    )
-    if perceptual.reason:
-      notes[f"No LPIPS-like distance: {perceptual.reason}"] = None
+    perceptual = None
+    if bench.settings.perceptual:
+      chosen = spread(len(final), _PERCEPTUAL_IMAGES)
+      found = features_lib.perceptual_distance(
+        final[chosen], held.images[chosen]
+      )
+      perceptual = found.mean
+      if found.reason:
+        notes[f"No LPIPS-like distance: {found.reason}"] = None
     num_codes = int(np.sum(loaded.variables.valid))
     bits = codes[0].size * math.log2(max(num_codes, 2))
     small = min(held.images.shape[1:3]) < 11  # SSIM's window.
@@ -50,7 +53,7 @@ def reconstruction(bench: Bench) -> Outcome:
       "count": len(held.images),
       "psnr": image_metrics.psnr(final, held.images).mean,
       "ssim": None if small else image_metrics.ssim(final, held.images).mean,
-      "perceptual": perceptual.mean,
+      "perceptual": perceptual,
       "psnr_by_depth": [
         image_metrics.psnr(pictures, held.images).mean for pictures in prefixes
       ],

@@ -1,0 +1,306 @@
+"""The grid of the ablations: which runs are compared, and what each sets.
+
+A row is a chain of runs and how its last one is evaluated. Everything that a
+row does not say is `BASE`'s, so rows differ from the base row in what they are
+named for and in nothing else. Rows share the runs that their chains have in
+common. A family is a question and the rows that answer it.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+SEEDS = 3
+# What starts from an imported SmolLM2 (run.py's --smollm2).
+SMOLLM2 = "smollm2"
+
+_NEVER = 10**6
+# From nothing: configs/quickstart.py has the reasons.
+_LLM = {
+  "llm.embedding_std": 0.5,
+  "llm.tie_embeddings": False,
+  "llm.num_kv_heads": 6,
+  "llm.qk_norm": True,
+}
+_PERIODS = {
+  "eval_every": _NEVER,
+  "picture_every": _NEVER,
+  "checkpoint_every": _NEVER,
+}
+_STAGE1 = (
+  _PERIODS
+  | _LLM
+  | {
+    "data.weights": (0.2, 0.8),
+    "num_steps": 450,
+    "log_every": 25,
+    "schedule.finetune_steps": 50,
+  }
+)
+_STAGE2 = _PERIODS | {
+  "num_steps": 1500,
+  "data.codes": "auto",
+  "data.embedded": ("easy_vqa",),
+  "data.weights": (1.0,),
+  "data.shift": 3,
+  "text.sequence_length": 176,
+  "optimizer.instruct.learning_rate": 2e-3,
+  "optimizer.instruct.embedding_factor": 10.0,
+  "instruct.global_batch_size": 8,
+  "instruct.heldout_rows": 64,
+  "instruct.questions_per_image": 8,
+  "instruct.yes_no_ratio": 3.0,
+  "instruct.image_loss_weight": 0.25,
+  "instruct.tasks.decompression": 0.10,
+  "instruct.tasks.caption": 0.12,
+  "instruct.tasks.vqa": 0.38,
+  "instruct.tasks.described": 0.10,
+  "instruct.tasks.text_to_image": 0.25,
+  "instruct.tasks.class_conditional": 0.0,
+  "instruct.tasks.unconditional": 0.0,
+  "instruct.tasks.text": 0.05,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+  """One run of a chain.
+
+  Attributes:
+    name: of the stage, for a reader.
+    file: config file of the stage.
+    values: by dotted config key, over the file's default preset.
+    start: config key that names the run before; None for the first.
+    preset: of the file.
+  """
+
+  name: str
+  file: str
+  values: Mapping[str, Any]
+  start: str | None = None
+  preset: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of the tables.
+
+  Attributes:
+    title: what it differs in.
+    links: its chain, at least stage I and stage II; the last is evaluated.
+    image_size: of the pictures that it is evaluated on, where that is not the
+      run's own.
+    llm: outside run that the first link's `llm_from` names, if any.
+  """
+
+  title: str
+  links: tuple[Link, ...]
+  image_size: int | None = None
+  llm: str | None = None
+
+  @property
+  def stage1(self) -> int:
+    """Number of the link that trains the tokenizer."""
+    return [link.name for link in self.links].index("stage1")
+
+  def key(self, seed: int, count: int | None = None) -> str:
+    """Returns a name of what the first `count` links make.
+
+    Equal chains have equal keys, and any change of a value makes another.
+
+    Args:
+      seed: of all links.
+      count: None for the row with how it is evaluated.
+    """
+    links = [
+      (link.file, link.preset, sorted(link.values.items()), link.start)
+      for link in self.links[:count]
+    ]
+    size = self.image_size if count is None else None
+    text = json.dumps([links, self.llm, size, seed], default=list)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """Rows that answer a question.
+
+  Attributes:
+    title: of its tables.
+    rows: names, in order.
+  """
+
+  title: str
+  rows: tuple[str, ...]
+
+
+def _row(title, stage1=None, stage2=None, *, before=None, between=None, **more):
+  """Makes a row of what it sets; `before` and `between` are further links."""
+  links = [
+    Link("stage1", "configs/pretrain.py", _STAGE1 | (stage1 or {})),
+    Link(
+      "stage2", "configs/instruct.py", _STAGE2 | (stage2 or {}), "init_from"
+    ),
+  ]
+  if between is not None:
+    links.insert(1, between)
+  if before is not None:
+    links[0] = dataclasses.replace(links[0], start="llm_from")
+    links.insert(0, before)
+  return Row(title, tuple(links), **more)
+
+
+def _rq(depth: int) -> dict[str, Any]:
+  return {"tokenizer.depth": depth}
+
+
+# The paper's literal space: all of the table's dimensions, rows as they are.
+_LITERAL = {
+  "codebook.code_dim": 192,
+  "codebook.projection": "identity",
+  "codebook.l2_normalize": False,
+}
+_TEXT_STEPS = 150  # Those of the base's stage I.
+_TEXT_FIRST = Link(
+  "llm",
+  "configs/pretrain.py",
+  _STAGE1
+  | {
+    "num_steps": _TEXT_STEPS,
+    "schedule.tokenizer_steps": 1,
+    "schedule.llm_steps": _TEXT_STEPS - 1,
+    "schedule.finetune_steps": 0,
+  },
+)
+# Stage I's steps of the tokenizer, in turns of 100 with one of text.
+_NO_TEXT = {"num_steps": 303, "schedule.llm_steps": 1}
+_DECOMPRESS_STEPS = 150
+_DECOMPRESS = Link(
+  "decompress",
+  "configs/instruct.py",
+  _STAGE2
+  | {key: 0.0 for key in _STAGE2 if key.startswith("instruct.tasks.")}
+  | {"instruct.tasks.decompression": 1.0, "num_steps": _DECOMPRESS_STEPS},
+  "init_from",
+)
+
+ROWS: dict[str, Row] = {
+  "base": _row("base"),
+  # Paradigms.
+  "frozen": _row("frozen", {"codebook.paradigm": "frozen"}),
+  "dual": _row("dual", {"codebook.paradigm": "dual"}),
+  "projected": _row("projected", {"codebook.paradigm": "projected"}),
+  "decay_50": _row("language_driven, λ = 0.5", {"codebook.sync_decay": 0.5}),
+  "decay_99": _row("language_driven, λ = 0.99", {"codebook.sync_decay": 0.99}),
+  "sync_10": _row("language_driven, every 10", {"codebook.sync_every": 10}),
+  "sync_150": _row("language_driven, every 150", {"codebook.sync_every": 150}),
+  # How the language model sees pictures.
+  "projector": _row(
+    "visual encoder + text tokens",
+    stage2={"instruct.vision": "projector", "data.codes": None},
+  ),
+  "separate": _row(
+    "separate vocabularies", stage2={"instruct.vision": "separate"}
+  ),
+  # Quantizers. The base is RQ, D = 4, on a grid of 4x4.
+  "vq": _row(
+    "VQ, 8x8",
+    {
+      "tokenizer.quantizer": "vq",
+      "tokenizer.depth": 1,
+      "tokenizer.channel_multipliers": (1,),
+      "tokenizer.num_res_blocks": 2,
+    },
+  ),
+  "rq_1": _row("RQ, 4x4, D = 1", _rq(1)),
+  "rq_2": _row("RQ, 4x4, D = 2", _rq(2)),
+  "rq_8": _row("RQ, 4x4, D = 8", _rq(8)),
+  "hq": _row(
+    "HQ, 4x4 + 8x8",
+    {
+      "tokenizer.quantizer": "hq",
+      "tokenizer.depth": 5,
+      "tokenizer.channel_multipliers": (1,),
+      "tokenizer.num_res_blocks": 2,
+    },
+  ),
+  # Decompression.
+  "no_decompression": _row(
+    "without", stage2={"instruct.tasks.decompression": 0.0}
+  ),
+  "decompression_first": _row(
+    "as pre-training",
+    stage2={
+      "instruct.tasks.decompression": 0.0,
+      "num_steps": _STAGE2["num_steps"] - _DECOMPRESS_STEPS,
+    },
+    between=_DECOMPRESS,
+  ),
+  "segments_1": _row("T = 1", stage2={"instruct.segments": 1}),
+  "segments_2": _row("T = 2", stage2={"instruct.segments": 2}),
+  "segments_8": _row("T = 8", stage2={"instruct.segments": 8}),
+  # The space in which codes are chosen.
+  "dim_4": _row("code_dim 4", {"codebook.code_dim": 4}),
+  "dim_8": _row("code_dim 8", {"codebook.code_dim": 8}),
+  "dim_32": _row("code_dim 32", {"codebook.code_dim": 32}),
+  "dim_64": _row("code_dim 64", {"codebook.code_dim": 64}),
+  "no_l2": _row("code_dim 16, no l2", {"codebook.l2_normalize": False}),
+  "literal": _row("192, identity, no l2: as the paper", _LITERAL),
+  "literal_frozen": _row(
+    "the same, frozen", _LITERAL | {"codebook.paradigm": "frozen"}
+  ),
+  "literal_dual": _row(
+    "the same, dual", _LITERAL | {"codebook.paradigm": "dual"}
+  ),
+  # The table that stage I begins with.
+  "random_table": _row("random, no text in stage I", _NO_TEXT),
+  "text_first": _row(
+    "of an LLM trained on the text first", _NO_TEXT, before=_TEXT_FIRST
+  ),
+  # Text in stage II.
+  "text_0": _row("no text", stage2={"instruct.tasks.text": 0.0}),
+  "text_15": _row("text 15 %", stage2={"instruct.tasks.text": 0.168}),
+  # Pictures of another size than in training.
+  "test_24": _row("tested at 24 px", image_size=24),
+  "test_40": _row("tested at 40 px", image_size=40),
+}
+
+FAMILIES = {
+  "paradigm": Family(
+    "How the codebook is unified",
+    (
+      *("base", "frozen", "dual", "projected"),
+      *("decay_50", "decay_99", "sync_10", "sync_150"),
+    ),
+  ),
+  "vocabulary": Family(
+    "What the language model reads", ("base", "separate", "projector")
+  ),
+  "quantizer": Family(
+    "Quantizer", ("base", "vq", "rq_1", "rq_2", "rq_8", "hq")
+  ),
+  "decompression": Family(
+    "Image decompression",
+    (
+      *("base", "no_decompression", "decompression_first"),
+      *("segments_1", "segments_2", "segments_8"),
+    ),
+  ),
+  "space": Family(
+    "The space in which codes are chosen",
+    (
+      *("base", "no_l2", "dim_4", "dim_8", "dim_32", "dim_64"),
+      *("literal", "literal_frozen", "literal_dual"),
+    ),
+  ),
+  "table": Family(
+    "The table that stage I begins with", ("base", "random_table", "text_first")
+  ),
+  "text": Family("Text in stage II", ("base", "text_0", "text_15")),
+  "resolution": Family(
+    "Pictures of another size than in training",
+    ("base", "test_24", "test_40"),
+  ),
+}

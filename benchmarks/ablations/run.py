@@ -1,0 +1,303 @@
+r"""Fills the grid of the ablations: trains, evaluates and keeps what came out.
+
+  python benchmarks/ablations/run.py --hours=8
+
+The runs go to --workdir; runs that rows have in common are trained once. Each
+row and seed leaves one small file in --results, which is all that
+benchmarks/ablations/page.py reads. What is there already is not done again, and
+a run that was interrupted goes on, so the same command may be given again and
+again, on this machine or, with the results copied, on another. No run is
+started that would not end within --hours. Every run has a core of its own, and
+as many go on at a time as there are cores.
+
+Some rows, or seeds, only:
+  python benchmarks/ablations/run.py --rows base frozen --seeds 0 1
+
+The row that starts from SmolLM2 needs it imported (README.md):
+  python benchmarks/ablations/run.py --rows smollm2 --smollm2=runs/smollm2-135m
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import collect
+import grid
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SUITES = "reconstruction,generation,vqa,pope,text,decompression"
+# Pictures of the test set that are evaluated: about ten questions each.
+PICTURES = 250
+# What a task is thought to take before one of its kind has ended, seconds.
+_GUESS = 600.0
+
+
+@dataclasses.dataclass
+class Task:
+  """One process: a link of a chain, or the evaluation of a row.
+
+  Attributes:
+    key: names it, and its folder.
+    kind: its name for estimates of time.
+    command: arguments of Python.
+    needs: keys of the tasks whose folders it reads.
+    row: whose result it makes, None for a link.
+    seed: of the row.
+  """
+
+  key: str
+  kind: str
+  command: list[str]
+  needs: list[str]
+  row: str | None = None
+  seed: int = 0
+
+
+def flags(values) -> list[str]:
+  """Returns config values as flags of the commands."""
+  return [f"--config.{key}={value}" for key, value in values.items()]
+
+
+def plan(rows, seeds, args) -> dict[str, Task]:
+  """Lists what has to be done for rows that have no result yet, in order.
+
+  Args:
+    rows: names of rows.
+    seeds: the first one of all rows comes before the second.
+    args: of the command line.
+  """
+  tasks: dict[str, Task] = {}
+  for seed in seeds:
+    for name in rows:
+      row = grid.ROWS[name]
+      if collect.is_there(args.results, name, seed):
+        continue
+      before = None
+      for count, link in enumerate(row.links, 1):
+        key = f"{link.name}_{row.key(seed, count)}"
+        start = {}
+        if before is not None:
+          start = {link.start: args.workdir / before}
+        elif row.llm is not None:
+          start = {"llm_from": args.llm[row.llm]}
+        tasks.setdefault(
+          key,
+          Task(
+            key,
+            f"{name} {link.name}",
+            [
+              *("-m", "unicode_jax.main"),
+              f"--config={link.file}:{link.preset}".rstrip(":"),
+              f"--workdir={args.workdir / key}",
+              *flags({**link.values, **start, "seed": seed}),
+            ],
+            [before] if before else [],
+          ),
+        )
+        before = key
+      size = {} if row.image_size is None else {"image_size": row.image_size}
+      key = f"measured_{name}_{seed}"
+      tasks[key] = Task(
+        key,
+        "evaluation",
+        [
+          *("-m", "unicode_jax.evaluate"),
+          f"--workdir={args.workdir / before}",
+          f"--out={args.workdir / key}",
+          # To be looked at.
+          f"--suites={SUITES}" + ("" if seed else ",pictures"),
+          f"--max_images={PICTURES}",
+          f"--seed={seed}",
+          "--noperceptual",
+          *flags(size),
+        ],
+        [before],
+        name,
+        seed,
+      )
+  return tasks
+
+
+@contextlib.contextmanager
+def on_cores(cores):
+  """Lets processes that are started inside run on these cores alone."""
+  if not hasattr(os, "sched_setaffinity"):  # Not on Linux.
+    yield
+    return
+  mine = os.sched_getaffinity(0)
+  os.sched_setaffinity(0, cores)
+  try:
+    yield
+  finally:
+    os.sched_setaffinity(0, mine)
+
+
+class Running:
+  """A process that does a task, on cores of its own."""
+
+  def __init__(self, task: Task, core: int, workdir: pathlib.Path):
+    """Starts it; what it says goes to a file beside its folder."""
+    self.task, self.core = task, core
+    self._spent = workdir / f"{task.key}.json"
+    self._start = time.perf_counter()
+    env = os.environ | {
+      "PYTHONPATH": str(ROOT),
+      # Rows and seeds have many programs in common.
+      "JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").resolve()),
+    }
+    workdir.mkdir(parents=True, exist_ok=True)
+    with on_cores({core}), (workdir / f"{task.key}.log").open("ab") as log:
+      self._process = subprocess.Popen(
+        [sys.executable, *task.command],
+        cwd=ROOT,
+        env=env,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+      )
+
+  def ended(self) -> int | None:
+    """Returns its exit status, None while it runs; keeps what it took."""
+    pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+    if not pid:
+      return None
+    self._process.returncode = code = os.waitstatus_to_exitcode(status)
+    spent = collect.spent(self._spent)
+    spent["wall"] += time.perf_counter() - self._start
+    spent["cpu"] += usage.ru_utime + usage.ru_stime
+    spent["done"] = code == 0
+    self._spent.write_text(json.dumps(spent), encoding="utf-8")
+    return code
+
+  def stop(self) -> None:
+    """Asks it to save and end."""
+    self._process.terminate()
+    while self.ended() is None:
+      time.sleep(0.1)
+
+
+def facts() -> dict:
+  """Returns what ran the rows."""
+
+  def git(*arguments):
+    return subprocess.run(
+      ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+
+  changed = git("status", "--porcelain", "unicode_jax", "configs")
+  return {
+    "revision": git("rev-parse", "--short", "HEAD") + ("+" if changed else ""),
+    "machine": f"{platform.machine()}, one core a run",
+    "cores": os.cpu_count(),
+    "date": time.strftime("%Y-%m-%d"),
+  }
+
+
+def run(tasks: dict[str, Task], args) -> list[str]:
+  """Does tasks, as many at a time as there are cores.
+
+  Args:
+    tasks: of `plan`.
+    args: of the command line.
+
+  Returns:
+    What failed, a line each.
+  """
+  about = facts()
+  deadline = time.monotonic() + 3600 * args.hours
+  waiting, running, failed = dict(tasks), [], []
+  free = sorted(os.sched_getaffinity(0))[: args.jobs]
+  done = {
+    key
+    for key in tasks
+    if collect.spent(args.workdir / f"{key}.json")["done"]
+    and tasks[key].row is None
+  }
+  took: dict[str, list[float]] = {}
+  for key in done:
+    del waiting[key]
+
+  def expected(task):
+    known = took.get(task.kind) or took.get(task.kind.split()[-1])
+    return statistics.median(known) if known else _GUESS
+
+  try:
+    while waiting or running:
+      for task in list(waiting.values()):
+        broken = [n for n in task.needs if n not in waiting and n not in done]
+        if any(n not in [r.task.key for r in running] for n in broken):
+          failed.append(f"{task.key}: what it starts from is not there")
+          del waiting[task.key]
+        elif free and done.issuperset(task.needs):
+          if time.monotonic() + expected(task) > deadline:
+            continue
+          running.append(Running(task, free.pop(0), args.workdir))
+          del waiting[task.key]
+          print(f"{time.strftime('%H:%M:%S')} {task.key} starts", flush=True)
+      if not running:
+        break  # What is left would take too long.
+      time.sleep(0.5)
+      for job in list(running):
+        if (code := job.ended()) is None:
+          continue
+        running.remove(job)
+        free.append(job.core)
+        key = job.task.key
+        spent = collect.spent(args.workdir / f"{key}.json")
+        print(
+          f"{time.strftime('%H:%M:%S')} {key} ({job.task.kind}): status "
+          f"{code}, {spent['wall']:.0f} s",
+          flush=True,
+        )
+        if code:
+          failed.append(f"{key}: status {code}, {args.workdir / key}.log")
+          continue
+        done.add(key)
+        for kind in {job.task.kind, job.task.kind.split()[-1]}:
+          took.setdefault(kind, []).append(spent["wall"])
+        if job.task.row is not None:
+          collect.keep(
+            args.workdir, args.results, job.task.row, job.task.seed, about
+          )
+  finally:
+    for job in running:
+      job.stop()
+  if waiting:
+    print(f"{len(waiting)} tasks did not fit: the same command goes on")
+  return failed
+
+
+def main() -> None:
+  """Fills what is missing."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablations")
+  parser.add_argument("--results", type=pathlib.Path, default=collect.RESULTS)
+  parser.add_argument("--rows", nargs="+", choices=grid.ROWS, metavar="ROW")
+  parser.add_argument("--seeds", nargs="+", type=int, default=range(grid.SEEDS))
+  parser.add_argument("--hours", type=float, default=8.0)
+  parser.add_argument("--jobs", type=int, default=os.cpu_count())
+  parser.add_argument("--smollm2", type=pathlib.Path)
+  args = parser.parse_args()
+  args.workdir = args.workdir.resolve()
+  args.llm = {grid.SMOLLM2: args.smollm2 and args.smollm2.resolve()}
+  rows = args.rows or list(grid.ROWS)
+  without = [name for name in rows if grid.ROWS[name].llm == grid.SMOLLM2]
+  if without and args.smollm2 is None:
+    print(f"left out for want of --smollm2: {', '.join(without)}")
+    rows = [name for name in rows if name not in without]
+  failed = run(plan(rows, args.seeds, args), args)
+  if failed:
+    sys.exit("\n".join(failed))
+
+
+if __name__ == "__main__":
+  main()
