@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -294,6 +295,7 @@ def main() -> None:
   if without and args.smollm2 is None:
     print(f"left out for want of --smollm2: {', '.join(without)}")
     rows = [name for name in rows if name not in without]
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # Tasks end first.
   failed = run(plan(rows, args.seeds, args), args)
   if failed:
     sys.exit("\n".join(failed))
