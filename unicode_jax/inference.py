@@ -118,14 +118,8 @@ def open_image(file: str | os.PathLike[str], image_size: int) -> np.ndarray:
 
 
 def save_image(file: str | os.PathLike[str], image: np.ndarray) -> None:
-  """Writes a picture uint8[H, W, 3] as PNG, replacing a file atomically."""
-  file = pathlib.Path(file)
-  temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-  try:
-    Image.fromarray(image).save(temporary, format="PNG")
-    temporary.replace(file)
-  finally:
-    temporary.unlink(missing_ok=True)
+  """Writes a picture uint8[H, W, 3] as PNG, whole, or leaves what is there."""
+  pictures.save_sheet(pathlib.Path(file), Image.fromarray(image))
 
 
 def load(

@@ -257,7 +257,7 @@ def cost(results, rows) -> list[str]:
   """Returns a table of what the rows took and read."""
 
   def total(result, link):
-    return result["seconds"][link]["wall"]
+    return result["seconds"][link]["cpu"]
 
   lines = []
   for row in rows:
@@ -281,7 +281,7 @@ def cost(results, rows) -> list[str]:
       ]
     )
   return markdown(
-    ["", "seeds", "median wall seconds on one core", "read in training"], lines
+    ["", "seeds", "median seconds of one core", "read in training"], lines
   )
 
 
@@ -327,8 +327,8 @@ def total_hours(results) -> str:
       links = grid.ROWS[row].links
       for count, link in enumerate(links, 1):
         key = grid.ROWS[row].key(seed, count)
-        spent[key] = result["seconds"][link.name]["wall"]
-      spent[row, seed] = result["seconds"]["evaluation"]["wall"]
+        spent[key] = result["seconds"][link.name]["cpu"]
+      spent[row, seed] = result["seconds"]["evaluation"]["cpu"]
   hours = sum(spent.values()) / 3600
   count = sum(map(len, results.values()))
   return (

@@ -296,7 +296,10 @@ def main() -> None:
     print(f"left out for want of --smollm2: {', '.join(without)}")
     rows = [name for name in rows if name not in without]
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # Tasks end first.
-  failed = run(plan(rows, args.seeds, args), args)
+  try:
+    failed = run(plan(rows, args.seeds, args), args)
+  except KeyboardInterrupt:
+    sys.exit("stopped: the same command goes on")
   if failed:
     sys.exit("\n".join(failed))
 
