@@ -46,12 +46,14 @@ _STAGE1 = (
   }
 )
 _STAGE2 = _PERIODS | {
-  "num_steps": 2000,
+  "num_steps": 1800,
   "data.codes": "auto",
   "data.embedded": ("easy_vqa",),
   "data.weights": (1.0,),
   "data.shift": 3,
-  "text.sequence_length": 176,
+  # Room for a decompressed picture of RQ with D = 8, and for two pictures of
+  # all others that are drawn.
+  "text.sequence_length": 200,
   "optimizer.instruct.learning_rate": 2e-3,
   "optimizer.instruct.embedding_factor": 10.0,
   "instruct.global_batch_size": 8,
@@ -183,7 +185,7 @@ _TEXT_FIRST = Link(
 # Stage I's steps of the tokenizer, in turns of 100 with one of text.
 _NO_TEXT = {"num_steps": 303, "schedule.llm_steps": 1}
 # As many rows of decompression as the base's stage II has.
-_DECOMPRESS_STEPS = 180
+_DECOMPRESS_STEPS = 162
 _DECOMPRESS = Link(
   "decompress",
   "configs/instruct.py",
