@@ -39,8 +39,6 @@ def test_every_row_can_run(parts):
       file = f"{link.file}:{link.preset}".rstrip(":")
       start = {link.start: "somewhere"} if link.start else {}
       values = {**link.values, **start}
-      if name == "smollm2" and link.name == "stage1":
-        values["llm_from"] = "somewhere"
       flags = dict(
         flag.removeprefix("--config.").split("=", 1)
         for flag in parts.run.flags(values)

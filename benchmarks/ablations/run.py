@@ -88,7 +88,7 @@ def plan(rows, seeds, args) -> dict[str, Task]:
         if before is not None:
           start = {link.start: args.workdir / before}
         elif row.llm is not None:
-          start = {"llm_from": args.llm[row.llm]}
+          start = {link.start: args.llm[row.llm]}
         tasks.setdefault(
           key,
           Task(
