@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import pathlib
+import shlex
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -282,3 +285,24 @@ def test_smollm2_equals_transformers(tmp_path):
   )
   encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
   assert hf_parity.greedy_agreement(loaded, model, encoded) == 1
+
+
+def test_the_command_says_what_comes_next(tmp_path, text_tokenizer):
+  hf_parity.make("llama", tmp_path / "hf", text_tokenizer)
+  command = [sys.executable, "-m", "unicode_jax.convert"]
+  flags = [f"--path={tmp_path / 'hf'}", f"--out={tmp_path / 'run'}"]
+  done = subprocess.run(
+    [*command, *flags], capture_output=True, text=True, timeout=120, check=True
+  )
+  imported, stage_one, tokens = done.stdout.splitlines()
+  assert imported == f"imported to {tmp_path / 'run'}"
+  assert f"--config.llm_from={tmp_path / 'run'}" in stage_one
+  spare = loading.load_llm(tmp_path / "run").text_tokenizer.spare_tokens()
+  for token in spare[-2:]:
+    assert f"'{token}'" in stage_one and token in tokens
+  # What it says can be used: as far as a config without data goes.
+  config_lib.resolve_links(
+    config_lib.load_links("configs/pretrain.py"),
+    config_lib.split_overrides(shlex.split(stage_one))[1],
+    str(tmp_path / "stage1"),
+  )

@@ -200,6 +200,17 @@ def test_roles():
     wrap(tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])))
 
 
+def test_spare_tokens_have_no_role_and_no_place_in_the_template():
+  _, byte = foreign()
+  names = {byte.token_name(i) for i in byte.control_ids}
+  assert set(byte.spare_tokens()) == names - {"<|im_end|>"}
+  template = "{{ '<|im_start|>' }}"
+  talks = wrap(
+    byte_level_like(), eos_token="<|im_end|>", chat_template=template
+  )
+  assert set(talks.spare_tokens()) == names - {"<|im_end|>", "<|im_start|>"}
+
+
 def test_visual_code_mask_is_exact(trained):
   mask = trained.visual_code_mask("<image>", "</image>")
   assert mask.dtype == bool and mask.shape == (300,)

@@ -25,9 +25,24 @@ def main() -> None:
   out, path = folders.new(values.out), folders.source(values.path)
   os.environ["JAX_PLATFORMS"] = "cpu"  # Only the host's memory has to suffice.
   # JAX takes seconds to import, so only flags that can work get to it.
+  from unicode_jax import loading
   from unicode_jax.convert import importing
+  from unicode_jax.data import text_tokenizer
 
-  print(f"imported to {importing.import_checkpoint(path, out)}")
+  importing.import_checkpoint(path, out)
+  print(f"imported to {out}")
+  tokenizer = text_tokenizer.load_text_tokenizer(out / loading.TEXT_TOKENIZER)
+  spare = tokenizer.spare_tokens()
+  start, end = spare[-2:] if len(spare) > 1 else ("TOKEN", "TOKEN")
+  print(
+    "stage I from it: python -m unicode_jax.main --config=configs/pretrain.py "
+    f"--config.llm_from={out} --config.text.image_start='{start}' "
+    f"--config.text.image_end='{end}'"
+  )
+  print(
+    "the two tokens delimit images: any that text never holds"
+    + (f", such as {', '.join(spare[:16])}" if len(spare) > 1 else "")
+  )
 
 
 def run() -> None:

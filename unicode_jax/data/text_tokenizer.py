@@ -143,6 +143,16 @@ class TextTokenizer:
     """Returns how the vocabulary spells a token."""
     return self._names[id_]
 
+  def spare_tokens(self) -> list[str]:
+    """Returns control tokens that no role or chat template uses, by id.
+
+    Text never holds them, so they can open and close images.
+    """
+    used = {self.bos_id, self.eos_id, self.pad_id}
+    template = str(self._config.get("chat_template", ""))
+    named = (self._names[id_] for id_ in sorted(self.control_ids - used))
+    return [name for name in named if name not in template]
+
   def encode(self, text: str) -> list[int]:
     """Tokenises text; returns ids none of which is a control token.
 
