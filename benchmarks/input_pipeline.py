@@ -40,7 +40,7 @@ from unicode_jax.data import pipeline, sources
 
 READERS = ("unicode_jax", "torch", "webdataset")
 WARM_UP = 2  # Batches.
-CONSUMED = 64 / 0.2265  # Images of a step and its seconds: docs/speed.md.
+CONSUMED = 235.0
 
 
 def write_pictures(folder, count, size):

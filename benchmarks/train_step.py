@@ -20,11 +20,6 @@ time.
 
 float32 on a GPU is float32 in both, without TF32. --device=cuda and the models
 called large were never run.
-
-XLA gives its temporary memory back after every step, and taking it again costs
-page faults. Keeping it is worth 10-15 % to jax and almost nothing to torch:
-
-  MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 python ...
 """
 
 import argparse

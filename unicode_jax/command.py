@@ -8,6 +8,7 @@ may be started again; 130 for Ctrl-C.
 """
 
 from collections.abc import Callable
+import contextlib
 import errno
 import functools
 import os
@@ -48,7 +49,7 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
   global _began
   _began = time.time()
   argv = sys.argv
-  signal.signal(signal.SIGTERM, interruption.raise_preempted)
+  interruption.handle()
   try:
     if overrides:
       argv, values = config_lib.split_overrides(argv)
@@ -56,6 +57,13 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
     app.run(functools.partial(_checked, main), argv=argv, flags_parser=_parsed)
   except config_lib.ConfigError as error:
     _end(2, f"error: {error}")
+  except BrokenPipeError:
+    leave_at_once()  # There is nowhere to flush to.
+    _end(
+      DISK_STATUS,
+      "error: what read the output of this command has ended: let it go to a "
+      f"file; {interrupted}",
+    )
   except OSError as error:
     if error.errno is None or error.errno in _WRONG_PATH:
       if error.filename is None:
@@ -80,6 +88,11 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
     _end(interruption.CTRL_C_STATUS, f"interrupted: {interrupted}")
   except interruption.Preempted:
     _end(interruption.PREEMPTED_STATUS, f"stopped by SIGTERM: {interrupted}")
+  except Exception:  # What a library made of the exception.
+    if (number := interruption.asked()) is None:
+      raise
+    name = signal.Signals(number).name
+    _end(interruption.status(number), f"stopped by {name}: {interrupted}")
 
 
 def began() -> float | None:
@@ -168,6 +181,7 @@ def leave_at_once() -> None:
 def _end(status: int, message: str) -> None:
   print(message, file=sys.stderr, flush=True)
   if _at_once:
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+      sys.stdout.flush()
     os._exit(status)
   sys.exit(status)

@@ -1,12 +1,18 @@
 """How a process is asked to end: SIGTERM of a preemption, Ctrl-C.
 
 Cloud machines that are taken away, and schedulers, send SIGTERM and some time
-later SIGKILL. `raise_preempted` ends a command like Ctrl-C does; what must not
-be torn in two runs within `deferred`, and ends when it is ready to.
+later SIGKILL. `handle` makes SIGTERM end a command like Ctrl-C does, by an
+exception; what must not be torn in two runs within `deferred`, and ends when it
+is ready to. Python drops an exception that happens to be raised in a callback
+of a library, and libraries turn it into errors of their own, so the signal is
+remembered: `asked` tells, `deferred` does not begin after one, and a process
+that has not ended some seconds later is ended.
 """
 
 from collections.abc import Iterator
 import contextlib
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import socket
@@ -30,10 +36,64 @@ class Preempted(BaseException):
   """Raised by SIGTERM, as KeyboardInterrupt is by Ctrl-C."""
 
 
-def raise_preempted(number=None, frame=None) -> None:
-  """Handles SIGTERM, as `signal.default_int_handler` does SIGINT."""
-  del number, frame
+# Seconds after which a process that was asked to end is ended.
+_PATIENCE = 10.0
+_asked: int | None = None
+
+
+def asked() -> int | None:
+  """Returns the signal that asked this process to end, None without one."""
+  return _asked
+
+
+def status(number: int) -> int:
+  """Returns the exit status of a process that SIGTERM or SIGINT ended."""
+  return _STATUSES[number]
+
+
+def _raise(number: int) -> None:
+  """Raises `Preempted` or KeyboardInterrupt."""
+  if number == signal.SIGINT:
+    raise KeyboardInterrupt
   raise Preempted
+
+
+def _handle(number, frame) -> None:
+  """Remembers a signal, sees that it is heeded, and raises its exception."""
+  global _asked
+  del frame
+  if _asked is None:
+    _asked = number
+    threading.Thread(target=_see_that_it_ends, daemon=True).start()
+  _raise(number)
+
+
+def _see_that_it_ends() -> None:
+  time.sleep(_PATIENCE)
+  name = signal.Signals(_asked).name
+  print(f"ended {_PATIENCE:g} s after {name}", file=sys.stderr, flush=True)
+  os._exit(_STATUSES[_asked])
+
+
+def end_with_parent() -> None:
+  """Ends this worker process as soon as its parent does, however that ended.
+
+  Ctrl-C, which comes to all processes of a terminal, is the parent's matter.
+  """
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  sentinel = multiprocessing.parent_process().sentinel
+
+  def wait():
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+  threading.Thread(target=wait, daemon=True).start()
+
+
+def handle() -> None:
+  """Makes SIGTERM and Ctrl-C end this process by an exception."""
+  for number in SIGNALS:
+    signal.signal(number, _handle)
 
 
 class Request:
@@ -64,9 +124,7 @@ class Request:
 
   def raise_it(self) -> None:
     """Raises `Preempted` or KeyboardInterrupt."""
-    if self.number == signal.SIGINT:
-      raise KeyboardInterrupt
-    raise Preempted
+    _raise(self.number)
 
   @contextlib.contextmanager
   def at_once(self) -> Iterator[None]:
@@ -143,9 +201,12 @@ def deferred(
     The request.
 
   Raises:
-    Preempted: At the end of a block that did not look at its request.
+    Preempted: At the end of a block that did not look at its request, or
+      before the block where the process was asked to end already.
     KeyboardInterrupt: Likewise.
   """
+  if _asked is not None:
+    _raise(_asked)
   reader, writer = socket.socketpair()
   writer.setblocking(False)
   request = Request(seconds, writer)

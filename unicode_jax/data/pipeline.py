@@ -19,7 +19,7 @@ import grain
 import numpy as np
 from PIL import Image
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, interruption
 from unicode_jax.data import (
   sequences,
   sources as sources_lib,
@@ -491,5 +491,13 @@ def iterate(
   )
   batches = dataset[start:].to_iter_dataset(options)
   if num_workers:
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers), _begin_worker
+    )
   return iter(batches)
+
+
+def _begin_worker(index: int, count: int) -> None:
+  """Prepares a process that reads."""
+  del index, count
+  interruption.end_with_parent()

@@ -167,7 +167,10 @@ class _Run:
     self.target = sharding.placed_shapes(shapes, self.shardings)
     self.programs = phase_lib.Programs(self.shardings, self.mesh)
     found = self.checkpointer.restore(self.target)
-    self._account({} if found is None else found[2].get("seconds", {}))
+    if found is None:
+      self._account(None, {})
+    else:
+      self._account(found[0], found[2].get("seconds", {}))
     if found is not None:
       *position, damaged = found
       step, _, record = position
@@ -201,15 +204,20 @@ class _Run:
         f"in {self.workdir / checkpoint_lib.SET_ASIDE} now"
       )
 
-  def _account(self, spent: Mapping[str, float]) -> None:
+  def _account(self, step: int | None, spent: Mapping[str, float]) -> None:
     """Adds what earlier processes spent and lost, and the time in between.
 
     Args:
+      step: Of the checkpoint; None without one.
       spent: Seconds by cause, up to the checkpoint.
     """
     carried = collections.Counter(spent)
     if self.before is not None:
-      lost = sum(self.before["seconds"].values()) - sum(spent.values())
+      since = self.before["seconds"]
+      if step is not None and self.before.get("step") == step:
+        # Nothing was done after it that is to be done again.
+        carried = collections.Counter(since)
+      lost = sum(since.values()) - sum(carried.values())
       carried[goodput_lib.LOST] += max(0.0, lost)
       began = time.time() - sum(self.goodput.seconds().values())
       down = began - self.before["time"]
@@ -275,6 +283,7 @@ class _Run:
     """
     try:
       self._look(again=self.saved is not None)
+      self._leave_if_asked()
       while self.step < stop_at:
         self._train_step()
         last = self.step == stop_at
@@ -288,10 +297,12 @@ class _Run:
         self._look()
         self._leave_if_asked()
     except (interruption.Preempted, KeyboardInterrupt):
-      if self.request.number is not None:  # Else the state may be torn.
+      asked = self.request.number is not None  # Else the state may be torn.
+      if asked and self.step not in (0, self.saved):
         self._log()
         self._save()
         self.checkpointer.wait()
+        self.progress.say(f"saved step {self.step}")
       raise
     return self.state
 

@@ -10,14 +10,10 @@ import concurrent.futures
 from concurrent.futures.process import BrokenProcessPool
 import contextlib
 import multiprocessing
-import multiprocessing.connection
-import os
 from pathlib import Path
-import signal
-import threading
 from typing import Any
 
-from unicode_jax import config as config_lib
+from unicode_jax import config as config_lib, interruption
 from unicode_jax.data import shard_files
 from unicode_jax.data.prepared import manifest as manifest_lib
 from unicode_jax.data.prepared.inputs import Inputs, Piece
@@ -167,7 +163,7 @@ def _written(
     min(workers, len(numbers)),
     # A copy of this process might hold locks of its threads.
     multiprocessing.get_context("spawn"),
-    initializer=_end_with_parent,
+    initializer=interruption.end_with_parent,
   )
   try:
     futures = {
@@ -185,15 +181,3 @@ def _written(
     executor.shutdown(wait=False, cancel_futures=True)
     for worker in set(multiprocessing.active_children()) - others:
       worker.terminate()
-
-
-def _end_with_parent() -> None:
-  """Ends this process as soon as its parent does, however that ended."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # The parent ends us.
-  sentinel = multiprocessing.parent_process().sentinel
-
-  def wait():
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-  threading.Thread(target=wait, daemon=True).start()
