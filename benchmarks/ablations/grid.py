@@ -28,6 +28,9 @@ _LLM = {
   "llm.tie_embeddings": False,
   "llm.num_kv_heads": 4,
   "llm.qk_norm": True,
+  # Rows as large as these move as far as small ones do with larger steps; else
+  # the table would stay where it began, and all paradigms would be `frozen`.
+  "optimizer.llm.embedding_factor": 10.0,
 }
 _PERIODS = {
   "eval_every": _NEVER,
