@@ -146,11 +146,7 @@ PRESETS = {
 
 def get_chain(preset: str = "") -> dict[str, ConfigDict]:
   """Returns the configs of a preset's links."""
-  if preset not in PRESETS:
-    raise config_lib.ConfigError(
-      f"there is no preset {preset!r}: choose one of "
-      + ", ".join(repr(name) for name in PRESETS)
-    )
+  config_lib.check_preset(preset, PRESETS)
   base = "debug" if preset == "debug" else ""
   return {
     link: config_lib.apply_overrides(

@@ -35,6 +35,7 @@ _WRONG_PATH = {
   errno.EPERM,
   errno.EROFS,
 }
+_ALSO_RAISED = re.compile(r"[/\\](orbax|asyncio)[/\\]")
 _began: float | None = None
 
 
@@ -50,6 +51,7 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
   _began = time.time()
   argv = sys.argv
   interruption.handle()
+  sys.unraisablehook = _said_aside
   try:
     if overrides:
       argv, values = config_lib.split_overrides(argv)
@@ -93,6 +95,16 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
       raise
     name = signal.Signals(number).name
     _end(interruption.status(number), f"stopped by {name}: {interrupted}")
+
+
+def _said_aside(report) -> None:
+  """Says what failed where nothing could be raised.
+
+  Where one file of a checkpoint cannot be read, those that read the others find
+  that nobody waits for them any more, and would say so a thousand times.
+  """
+  if str(report.exc_value) != "Event loop is closed":
+    sys.__unraisablehook__(report)
 
 
 def began() -> float | None:
@@ -158,9 +170,10 @@ def _checked(main: Callable, argv: list[str]):
     )
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # What libraries say is no progress.
-    # It logs the traces of errors that it raises as well.
+    # Orbax logs the traces of errors that it raises as well, and asyncio those
+    # of what orbax no longer waits for.
     logging.get_absl_handler().addFilter(
-      lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
+      lambda record: not _ALSO_RAISED.search(record.pathname)
     )
   return main()
 

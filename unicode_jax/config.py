@@ -1461,12 +1461,18 @@ def from_presets(
   Raises:
     ConfigError: If there is no such preset.
   """
-  if name not in presets:
-    raise ConfigError(
-      f"there is no preset {name!r}: choose one of "
-      + ", ".join(repr(preset) for preset in presets)
-    )
+  check_preset(name, presets)
   return apply_overrides(default_config(), {"preset": name, **presets[name]})
+
+
+def check_preset(name: str, presets: Mapping[str, Any]) -> None:
+  """Raises ConfigError unless there is a preset of this name."""
+  if name not in presets:
+    named = ", ".join(repr(preset) for preset in presets if preset)
+    raise ConfigError(
+      f"there is no preset {name!r}: choose one of {named}, or FILE.py without "
+      "a preset for the default"
+    )
 
 
 @functools.cache

@@ -89,8 +89,8 @@ def _run_link(name: str, config, workdir: pathlib.Path) -> None:
   """Trains one stage and evaluates what it asks for."""
   if name:
     print(f"{name}: {config.stage} in {workdir}", flush=True)
-  if run_folder.is_finished(workdir, config):
-    print(f"{name or workdir}: trained already", flush=True)
+  if name and run_folder.is_finished(workdir, config):
+    print(f"{name}: trained already", flush=True)
   else:
     stage = importlib.import_module(f"unicode_jax.stages.{config.stage}")
     stage.run(config, workdir)

@@ -73,6 +73,19 @@ def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
       process.wait()
 
 
+def processes() -> dict[int, int]:
+  """Returns the parent of every process, by its number."""
+  listed = subprocess.run(
+    ["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True
+  ).stdout
+  return dict(tuple(map(int, line.split())) for line in listed.splitlines())
+
+
+def children(process: subprocess.Popen) -> set[int]:
+  """Returns the processes that a process has started."""
+  return {pid for pid, parent in processes().items() if parent == process.pid}
+
+
 def checkpoints(workdir: pathlib.Path) -> list[int]:
   """Returns the steps of a run's checkpoints that are finished."""
   folder = workdir / "checkpoints"

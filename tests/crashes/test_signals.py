@@ -1,6 +1,7 @@
 """What a run does when it is asked to end, crowded out or out of room."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -57,13 +58,47 @@ def test_sigterm_and_ctrl_c_save(stage_one, straight, tmp_path):
   assert 0.5 * taken < sum(spent.values()) < taken
 
 
+def test_before_the_first_step_nothing_is_saved(stage_one, tmp_path):
+  workdir = tmp_path / "run"
+  command = stage_one(workdir)
+  process = command.start()
+  harness.wait_for((workdir / "heartbeat.json").exists, process)
+  harness.kill(process, signal.SIGTERM)
+  assert process.wait(60) == 75
+  assert "stopped by SIGTERM" in command.said()
+  assert "Traceback" not in command.said()
+  assert not harness.checkpoints(workdir)
+
+
+def test_processes_that_read_end_with_their_run(stage_one, tmp_path):
+  workdir = tmp_path / "run"
+  command = stage_one(
+    workdir, "--config.data.num_workers=1", "--config.num_steps=3000"
+  )
+  process = command.start()
+  try:
+    harness.wait_for(lambda: harness.checkpoints(workdir), process)
+    readers = harness.children(process)
+    assert len(readers) >= 2  # One for pictures, one for text.
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 30
+    while readers & harness.processes().keys():
+      assert time.monotonic() < deadline
+      time.sleep(0.1)
+  finally:
+    harness.kill(process)
+
+
 def test_time_to_end_is_limited(stage_one, tmp_path):
   """Compiling takes longer than this leaves, and no Python runs meanwhile."""
   workdir = tmp_path / "run"
   command = stage_one(workdir, "--config.recovery.grace_seconds=0.2")
   command.environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   process = command.start()
-  harness.wait_for((workdir / "metrics.jsonl").exists, process)
+  metrics = workdir / "metrics.jsonl"
+  harness.wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+  time.sleep(0.5)  # The first evaluation is done: now the step is compiled.
   harness.kill(process, signal.SIGTERM)
   assert process.wait(60) == 75
   assert "no time for a checkpoint within" in command.said()

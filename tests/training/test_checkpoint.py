@@ -147,6 +147,21 @@ def test_without_a_whole_checkpoint_nothing_is_touched(saved, tmp_path):
   assert contents(workdir) == before
 
 
+def test_errors_of_tensorstore_name_array_and_file():
+  inner = (
+    'Error reading Byte range [0, 8) of local file "x/10/state/d/a": Requested '
+    "byte range [0, 8) is not valid for value of size 4"
+  )
+  error = ValueError(
+    'OUT_OF_RANGE: Error opening "cast" driver: Error reading '
+    '"variables.params.a/.zarray" in OCDBT database at local file "x/10/": '
+    f"{inner} [tensorstore_spec='{{}}'] [tensorstore_spec[1]='{{}}']"
+  )
+  said = str(checkpoint._damage(error))
+  assert said == f"variables.params.a: {inner}"
+  assert str(checkpoint._damage(ValueError("other\nlines"))) == "other"
+
+
 def test_a_record_is_checked():
   sealed = checkpoint.sealed({"step_seconds": 0.25, "left_out": {"image": 3}})
   assert checkpoint.opened(sealed)["left_out"] == {"image": 3}

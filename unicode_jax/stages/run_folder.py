@@ -18,7 +18,12 @@ def check(workdir: pathlib.Path, config) -> None:
   """
   path = workdir / "config.json"
   if path.exists():
-    old = config_lib.flatten(config_lib.from_json(path))
+    try:
+      old = config_lib.flatten(config_lib.from_json(path))
+    except config_lib.ConfigError as error:
+      raise config_lib.ConfigError(
+        f"{error}; move it away, and the same command writes it anew"
+      ) from None
     new = config_lib.flatten(config)
     for values in (old, new):  # However the same folder is named.
       if values["init_from"] is not None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import pathlib
+import re
 import time
 from typing import Any
 
@@ -24,6 +25,10 @@ from unicode_jax.training import checksums as checksums_lib
 
 _SUMS, _OWN_SUM = "checksums", "checksum"
 SET_ASIDE = "set_aside"
+# TensorStore names what it was doing from the outside to the inside.
+_TENSORSTORE = re.compile(
+  r'.*Error reading "(?P<array>[\w.]+)/[^"]*".*: (?P<reason>Error .*)'
+)
 # What orbax and TensorStore raise where files cannot be written.
 _WRITE_ERRORS = (OSError, ValueError)
 _NOT_THE_FILE = {
@@ -394,4 +399,8 @@ def _twice(read: Callable[[], Any]) -> Any:
 
 def _first_line(error: Exception | str) -> str:
   text = str(error).strip() or type(error).__name__
-  return text.splitlines()[0][:300]
+  line = re.split(r" \[tensorstore_spec| See full TensorStore", text)[0]
+  line = line.partition("\n")[0]
+  if found := _TENSORSTORE.fullmatch(line):
+    line = f"{found['array']}: {found['reason']}"
+  return line[:300]
