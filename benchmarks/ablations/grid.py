@@ -49,7 +49,7 @@ _STAGE1 = (
   }
 )
 _STAGE2 = _PERIODS | {
-  "num_steps": 1800,
+  "num_steps": 2000,
   "data.codes": "auto",
   "data.embedded": ("easy_vqa",),
   "data.weights": (1.0,),
@@ -63,12 +63,12 @@ _STAGE2 = _PERIODS | {
   "instruct.heldout_rows": 64,
   "instruct.questions_per_image": 8,
   "instruct.yes_no_ratio": 3.0,
-  "instruct.image_loss_weight": 0.4,
+  "instruct.image_loss_weight": 0.3,
   "instruct.tasks.decompression": 0.09,
-  "instruct.tasks.caption": 0.10,
-  "instruct.tasks.vqa": 0.38,
-  "instruct.tasks.described": 0.10,
-  "instruct.tasks.text_to_image": 0.28,
+  "instruct.tasks.caption": 0.06,
+  "instruct.tasks.vqa": 0.40,
+  "instruct.tasks.described": 0.16,
+  "instruct.tasks.text_to_image": 0.24,
   "instruct.tasks.class_conditional": 0.0,
   "instruct.tasks.unconditional": 0.0,
   "instruct.tasks.text": 0.05,
@@ -188,7 +188,7 @@ _TEXT_FIRST = Link(
 # Stage I's steps of the tokenizer, in turns of 100 with one of text.
 _NO_TEXT = {"num_steps": 303, "schedule.llm_steps": 1}
 # As many rows of decompression as the base's stage II has.
-_DECOMPRESS_STEPS = 162
+_DECOMPRESS_STEPS = 180
 _DECOMPRESS = Link(
   "decompress",
   "configs/instruct.py",
@@ -202,7 +202,7 @@ _DECOMPRESS = Link(
 # time for, and small ones, lest it forget; the rest is as in the base.
 _SMOLLM2_STAGE1 = {k: v for k, v in _STAGE1.items() if k not in _LLM} | _NO_TEXT
 _SMOLLM2_STAGE2 = _STAGE2 | {
-  "num_steps": 180,
+  "num_steps": 200,
   "text.sequence_length": 224,
   "optimizer.instruct.learning_rate": 2e-4,
   "optimizer.instruct.embedding_factor": 1.0,
