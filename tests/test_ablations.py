@@ -1,6 +1,7 @@
 """The grid of the ablations, how it is planned, and its statistics."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -60,11 +61,13 @@ def test_rows_are_in_a_family_and_differ(parts):
 def test_what_rows_share_is_trained_once(parts, args):
   tasks = parts.run.plan(["base", "separate", "test_40", "dual"], [0, 1], args)
   kinds = [key.split("_")[0] for key in tasks]
-  assert kinds.count("stage1") == 4  # base and dual, two seeds.
+  assert kinds.count("llm") == 2  # Two seeds.
+  assert kinds.count("stage1") == 4  # base and dual.
   assert kinds.count("stage2") == 6
   assert kinds.count("measured") == 8
-  measured = tasks["measured_test_40_0"]
-  assert measured.needs == tasks["measured_base_0"].needs
+  by_row = {(task.row, task.seed): task for task in tasks.values()}
+  measured = by_row["test_40", 0]
+  assert measured.needs == by_row["base", 0].needs
   assert "--config.image_size=40" in measured.command
 
 
@@ -74,15 +77,12 @@ def test_a_result_counts_for_its_values_alone(parts, args, monkeypatch):
   path = parts.collect.result_file(args.results, "base", 0)
   path.write_text(json.dumps({"key": row.key(0)}))
   assert not parts.run.plan(["base"], [0], args)
-  link = row.links[1]
-  values = dict(link.values) | {"num_steps": 7}
-  other = parts.grid.dataclasses.replace(link, values=values)
-  monkeypatch.setitem(
-    parts.grid.ROWS,
-    "base",
-    parts.grid.dataclasses.replace(row, links=(row.links[0], other)),
-  )
-  assert len(parts.run.plan(["base"], [0], args)) == 3
+  *links, last = row.links
+  values = dict(last.values) | {"num_steps": 7}
+  links.append(dataclasses.replace(last, values=values))
+  other = dataclasses.replace(row, links=tuple(links))
+  monkeypatch.setitem(parts.grid.ROWS, "base", other)
+  assert len(parts.run.plan(["base"], [0], args)) == 4
 
 
 def made_up(values):
@@ -96,11 +96,9 @@ def made_up(values):
 def test_two_rows_are_compared_as_a_paired_t_test_does(parts):
   base, other = [1.0, 2.5, 2.0, 4.0], [1.5, 3.5, 2.2, 5.1]
   table = parts.page.Table(
-    made_up({"base": base, "frozen": other}),
-    ("base", "frozen"),
-    parts.page.Metric("m", "m", 100.0),
+    made_up({"base": base, "frozen": other}), parts.page.Metric("m", "m", 100.0)
   )
-  delta, half, p = table.differences()["frozen"]
+  delta, half, p = table.differences(["base", "frozen"])["frozen"]
   expected = stats.ttest_rel(other, base)
   interval = expected.confidence_interval(0.95)
   assert p == pytest.approx(expected.pvalue)
@@ -109,51 +107,96 @@ def test_two_rows_are_compared_as_a_paired_t_test_does(parts):
   assert delta + half == pytest.approx(100 * interval.high)
 
 
-def test_more_rows_share_their_error_and_holm_corrects(parts):
+def test_all_rows_share_their_error_and_holm_corrects_a_family(parts):
   rng = np.random.default_rng(0)
-  rows = ("base", "frozen", "dual", "projected")
-  values = rng.normal(size=(4, 3)) + np.array([[0], [0], [3], [0.5]])
+  rows = ("base", "frozen", "dual", "projected", "vq")
+  values = rng.normal(size=(5, 3)) + np.array([[0], [0], [3], [0.5], [9]])
   table = parts.page.Table(
     made_up(dict(zip(rows, values.tolist(), strict=True))),
-    rows,
     parts.page.Metric("m", "m"),
   )
-  # The same model by least squares: an effect of each row and of each seed.
-  design = np.zeros((12, 6))
-  for i in range(12):
-    row, seed = divmod(i, 3)
-    design[i, 0] = 1
-    if row:
-      design[i, row] = 1
-    if seed:
-      design[i, 3 + seed] = 1
-  fit, rest, *_ = np.linalg.lstsq(design, values.reshape(-1))
-  spread = np.sqrt(rest[0] / 6 * np.linalg.inv(design.T @ design).diagonal())
-  raw = 2 * stats.t.sf(np.abs(fit / spread), 6)[1:4]
+  # Balanced, the model's error is what row and column means leave over.
+  rest = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+  error = np.sqrt(np.square(rest).sum() / 8 * 2 / 3)
+  deltas = values.mean(1) - values[0].mean()
+  raw = 2 * stats.t.sf(np.abs(deltas / error), 8)[1:4]
   order = np.argsort(raw)
   holm = np.maximum.accumulate(raw[order] * [3, 2, 1]).clip(max=1)
-  found = table.differences()
+  found = table.differences(rows[:4])
+  assert set(found) == set(rows[1:4])
   for rank, place in enumerate(order):
-    delta, _, p = found[rows[1 + place]]
-    assert delta == pytest.approx(fit[1 + place])
+    delta, half, p = found[rows[1 + place]]
+    assert delta == pytest.approx(deltas[1 + place])
+    assert half == pytest.approx(stats.t.ppf(0.975, 8) * error)
     assert p == pytest.approx(holm[rank])
 
 
-def test_intervals_of_means(parts):
-  values = {"base": [1.0, 2.0, 4.0], "frozen": [2.0, 2.5, 2.1]}
-  table = parts.page.Table(
-    made_up(values), ("base", "frozen"), parts.page.Metric("m", "m", 1.0, 4)
+def test_a_seed_that_is_missing_costs_its_row_alone(parts):
+  """Against the normal equations of the same model, by hand."""
+  values = {"base": [1.0, 2.0, 4.5], "frozen": [1.5, 2.0, 4.0], "dual": [3.0]}
+  table = parts.page.Table(made_up(values), parts.page.Metric("m", "m"))
+  design = np.array(
+    [
+      [1, 0, 0, 0, 0],
+      [1, 0, 0, 1, 0],
+      [1, 0, 0, 0, 1],
+      [0, 1, 0, 0, 0],
+      [0, 1, 0, 1, 0],
+      [0, 1, 0, 0, 1],
+      [0, 0, 1, 0, 0],
+    ]
   )
-  pooled = np.sqrt((np.var(values["base"]) + np.var(values["frozen"])) * 3 / 4)
-  half = stats.t.ppf(0.975, 4) * pooled / np.sqrt(3)
-  assert table.cell("base") == f"{7 / 3:.4f} ± {half:.4f}"
+  y = np.concatenate(list(values.values()))
+  inverse = np.linalg.inv(design.T @ design)
+  effects = inverse @ design.T @ y
+  variance = np.square(y - design @ effects).sum() / 2
+  found = table.differences(values)
+  for place, row in ((1, "frozen"), (2, "dual")):
+    contrast = np.zeros(5)
+    contrast[place], contrast[0] = 1, -1
+    half = np.sqrt(variance * contrast @ inverse @ contrast)
+    delta, found_half, _ = found[row]
+    assert delta == pytest.approx(effects[place] - effects[0])
+    assert found_half == pytest.approx(stats.t.ppf(0.975, 2) * half)
+
+
+def test_what_rows_share_counts_once(parts):
+  psnr = {"base": [1.0, 2.0, 4.0], "dual": [1.5, 2.0, 5.0]}
+  rows = psnr | {"separate": psnr["base"], "text_0": psnr["base"]}
+
+  def cell(values, name):
+    results = {
+      row: {s: {"metrics": {name: v}} for s, v in enumerate(seeds)}
+      for row, seeds in values.items()
+    }
+    metric = {m.name: m for m in parts.page.STAGE_ONE + parts.page.READING}[
+      name
+    ]
+    return parts.page.Table(results, metric).cell("base")
+
+  assert cell(rows, "psnr") == cell(psnr, "psnr")
+  assert cell(rows, "vqa/all") != cell(psnr, "vqa/all")
+  assert parts.page.share_stage_one(["base", "separate", "text_0"])
+  assert not parts.page.share_stage_one(["base", "dual"])
+  assert not parts.page.share_stage_one(["base", "test_40"])
+
+
+def test_ratios_are_geometric(parts):
+  values = {"base": [10.0, 20.0, 40.0], "frozen": [20.0, 40.0, 81.0]}
+  table = parts.page.Table(
+    made_up(values), parts.page.Metric("m", "m", log=True)
+  )
+  assert table.cell("base").startswith("20.0 x/÷ ")
+  delta, _, p = table.differences(values)["frozen"]
+  expected = stats.ttest_rel(np.log(values["frozen"]), np.log(values["base"]))
+  assert np.exp(delta) == pytest.approx((2 * 2 * 81 / 40) ** (1 / 3))
+  assert p == pytest.approx(expected.pvalue)
+  assert table.points("base") == pytest.approx(values["base"])
 
 
 def test_one_seed_has_no_interval_and_none_no_value(parts):
   results = made_up({"base": [0.5], "frozen": []})
-  table = parts.page.Table(
-    results, ("base", "frozen"), parts.page.Metric("m", "m")
-  )
+  table = parts.page.Table(results, parts.page.Metric("m", "m"))
   assert table.cell("base") == "0.5"
   assert table.cell("frozen") == "-"
-  assert not table.differences()
+  assert not table.differences(["base", "frozen"])

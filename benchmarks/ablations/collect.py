@@ -12,6 +12,8 @@ from typing import Any
 import grid
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# What exposure.py counted, among them.
+EXPOSURE = "exposure.json"
 # The test pictures that every row is evaluated on.
 HELD_OUT = "easy_vqa_test"
 _SHEET = f"drawn_{HELD_OUT}.png"
@@ -20,7 +22,7 @@ _SHEET = f"drawn_{HELD_OUT}.png"
 def spent(path: pathlib.Path) -> dict[str, Any]:
   """Returns what a task took so far, and whether it was done."""
   if not path.exists():
-    return {"wall": 0.0, "cpu": 0.0, "done": False}
+    return {"wall": 0.0, "cpu": 0.0, "done": False, "revisions": []}
   return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -49,16 +51,18 @@ def _rows(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _unity(run: pathlib.Path) -> dict[str, float]:
-  """Returns drift and code agreement, before the last snap and at the end."""
+  """Returns drift and code agreement: late between two syncs, at the end."""
   steps = json.loads((run / "config.json").read_text())["num_steps"]
   found = {}
   for row in _rows(run):
-    for name in ("drift", "code_agreement"):
-      if name in row and row["step"] < steps:
-        found[f"{name} before the snap"] = row[name]
-    for key, value in row.items():
-      if key == f"eval/{HELD_OUT}/code_agreement":
-        found["code_agreement at the end"] = value
+    if row["step"] < steps and "code_agreement" in row:
+      found["step between syncs"] = row["step"]
+      for name in ("drift", "code_agreement"):
+        found[f"{name} between syncs"] = row[name]
+    if f"eval/{HELD_OUT}/code_agreement" in row and row["step"] >= steps:
+      found["code_agreement at the end"] = row[
+        f"eval/{HELD_OUT}/code_agreement"
+      ]
     if row["step"] >= steps and "drift" in row:
       found["drift at the end"] = row["drift"]
   return found
@@ -73,7 +77,7 @@ def _measured(suites: dict[str, Any]) -> dict[str, float]:
   found: dict[str, float] = {}
   if held := suites.get("vqa", {}).get(HELD_OUT):
     found["vqa/all"] = held["accuracy"]
-    found["vqa/yes/no balanced"] = held["yes_no_unguessed"]
+    found["vqa/yes/no unguessed"] = held["yes_no_unguessed"]
     found["vqa/blind"] = held["blind"]["accuracy"]
     for kind, entry in held["by_type"].items():
       found[f"vqa/{kind}"] = entry["accuracy"]
@@ -140,7 +144,8 @@ def keep(
     seed: of its runs.
     about: what it ran on.
   """
-  row, evaluation = grid.ROWS[name], f"measured_{name}_{seed}"
+  row = grid.ROWS[name]
+  evaluation = f"measured_{row.key(seed)}"
   folders = {
     link.name: workdir / f"{link.name}_{row.key(seed, count)}"
     for count, link in enumerate(row.links, 1)
@@ -167,6 +172,6 @@ def keep(
   text = json.dumps(result, indent=1, sort_keys=True) + "\n"
   result_file(results, name, seed).write_text(text, encoding="utf-8")
   sheet = workdir / evaluation / "pictures" / _SHEET
-  if sheet.exists() and not seed:
+  if sheet.exists() and seed == grid.SEEDS[0]:
     (results / "pictures").mkdir(exist_ok=True)
     shutil.copyfile(sheet, results / "pictures" / f"{name}.png")

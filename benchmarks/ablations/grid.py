@@ -1,8 +1,8 @@
 """The grid of the ablations: which runs are compared, and what each sets.
 
-A row is a chain of runs and how its last one is evaluated. Everything that a
-row does not say is `BASE`'s, so rows differ from the base row in what they are
-named for and in nothing else. Rows share the runs that their chains have in
+A row is a chain of runs and how its last one is evaluated: a language model
+learns text, stage I goes on from it, stage II from there. Everything that a row
+does not say is the base row's. Rows share the runs that their chains have in
 common. A family is a question and the rows that answer it.
 """
 
@@ -12,7 +12,10 @@ import hashlib
 import json
 from typing import Any
 
-SEEDS = 3
+from unicode_jax import config as config_lib
+
+# Seed 0 is what the sizes below were chosen with.
+SEEDS = (1, 2, 3)
 # An outside language model (run.py's --smollm2), and the presets made for it.
 SMOLLM2 = "smollm2"
 
@@ -44,7 +47,9 @@ _STAGE1 = (
     "data.weights": (0.2, 0.8),
     "tokenizer.channels": 64,
     "num_steps": 450,
-    "log_every": 25,
+    # The last line with images before the last snap is between two syncs, and
+    # before the last write-back of `dual`: step 390.
+    "log_every": 30,
     "schedule.finetune_steps": 50,
   }
 )
@@ -64,11 +69,11 @@ _STAGE2 = _PERIODS | {
   "instruct.questions_per_image": 8,
   "instruct.yes_no_ratio": 3.0,
   "instruct.image_loss_weight": 0.3,
-  "instruct.tasks.decompression": 0.09,
-  "instruct.tasks.caption": 0.06,
-  "instruct.tasks.vqa": 0.40,
-  "instruct.tasks.described": 0.16,
-  "instruct.tasks.text_to_image": 0.24,
+  "instruct.tasks.decompression": 0.12,
+  "instruct.tasks.caption": 0.05,
+  "instruct.tasks.vqa": 0.38,
+  "instruct.tasks.described": 0.18,
+  "instruct.tasks.text_to_image": 0.22,
   "instruct.tasks.class_conditional": 0.0,
   "instruct.tasks.unconditional": 0.0,
   "instruct.tasks.text": 0.05,
@@ -92,6 +97,13 @@ class Link:
   values: Mapping[str, Any]
   start: str | None = None
   preset: str = ""
+
+  def config(self) -> dict[str, Any]:
+    """Returns all values by dotted key, but for seed and start."""
+    spec = f"{self.file}:{self.preset}".rstrip(":")
+    config = config_lib.apply_overrides(config_lib.load(spec), self.values)
+    values = config_lib.flatten(config)
+    return {k: v for k, v in values.items() if k not in ("init_from", "seed")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,15 +131,15 @@ class Row:
   def key(self, seed: int, count: int | None = None) -> str:
     """Returns a name of what the first `count` links make.
 
-    Equal chains have equal keys, and any change of a value makes another.
+    Equal chains have equal keys, and any change of a value or of a default
+    makes another.
 
     Args:
       seed: of all links.
       count: None for the row with how it is evaluated.
     """
     links = [
-      (link.file, link.preset, sorted(link.values.items()), link.start)
-      for link in self.links[:count]
+      (sorted(link.config().items()), link.start) for link in self.links[:count]
     ]
     size = self.image_size if count is None else None
     text = json.dumps([links, self.llm, size, seed], default=list)
@@ -147,34 +159,8 @@ class Family:
   rows: tuple[str, ...]
 
 
-def _row(title, stage1=None, stage2=None, *, before=None, between=None, **more):
-  """Makes a row of what it sets; `before` and `between` are further links."""
-  links = [
-    Link("stage1", "configs/pretrain.py", _STAGE1 | (stage1 or {})),
-    Link(
-      "stage2", "configs/instruct.py", _STAGE2 | (stage2 or {}), "init_from"
-    ),
-  ]
-  if between is not None:
-    links.insert(1, between)
-  if before is not None:
-    links[0] = dataclasses.replace(links[0], start="llm_from")
-    links.insert(0, before)
-  return Row(title, tuple(links), **more)
-
-
-def _rq(depth: int) -> dict[str, Any]:
-  return {"tokenizer.depth": depth}
-
-
-# The paper's literal space: all of the table's dimensions, rows as they are.
-_LITERAL = {
-  "codebook.code_dim": 128,
-  "codebook.projection": "identity",
-  "codebook.l2_normalize": False,
-}
-_TEXT_STEPS = 150  # Those of the base's stage I.
-_TEXT_FIRST = Link(
+_TEXT_STEPS = 300
+_LLM_LINK = Link(
   "llm",
   "configs/pretrain.py",
   _STAGE1
@@ -187,8 +173,65 @@ _TEXT_FIRST = Link(
 )
 # Stage I's steps of the tokenizer, in turns of 100 with one of text.
 _NO_TEXT = {"num_steps": 303, "schedule.llm_steps": 1}
-# As many rows of decompression as the base's stage II has.
-_DECOMPRESS_STEPS = 180
+
+
+def _row(title, stage1=None, stage2=None, *, llm=True, between=None, **more):
+  """Makes a row of what it sets.
+
+  Args:
+    title: of the row.
+    stage1: values of stage I.
+    stage2: values of stage II.
+    llm: whether the language model learns text before stage I.
+    between: a link between the stages.
+    **more: of `Row`.
+  """
+  links = [
+    _LLM_LINK,
+    Link("stage1", "configs/pretrain.py", _STAGE1 | (stage1 or {}), "llm_from"),
+    Link(
+      "stage2", "configs/instruct.py", _STAGE2 | (stage2 or {}), "init_from"
+    ),
+  ]
+  if between is not None:
+    links.insert(2, between)
+  if not llm:
+    links = [dataclasses.replace(links[1], start=None), *links[2:]]
+  return Row(title, tuple(links), **more)
+
+
+def _rq(depth: int) -> dict[str, Any]:
+  return {"tokenizer.depth": depth}
+
+
+_VQ = {
+  "tokenizer.quantizer": "vq",
+  "tokenizer.depth": 1,
+  "tokenizer.channel_multipliers": (1,),
+  "tokenizer.num_res_blocks": 2,
+}
+
+
+def _rest(*tasks: str) -> int:
+  """Returns the steps in which the other tasks have as many rows as ever."""
+  shares = {k: v for k, v in _STAGE2.items() if k.startswith("instruct.tasks.")}
+  left = sum(v for k, v in shares.items() if k.split(".")[-1] not in tasks)
+  return round(_STAGE2["num_steps"] * left / sum(shares.values()))
+
+
+# The paper's literal space: all of the table's dimensions, rows as they are.
+_LITERAL = {
+  "codebook.code_dim": 128,
+  "codebook.projection": "identity",
+  "codebook.l2_normalize": False,
+}
+_NO_DRAWING = {
+  "instruct.tasks.decompression": 0.0,
+  "instruct.tasks.text_to_image": 0.0,
+  "num_steps": _rest("decompression", "text_to_image"),
+}
+# Decompression's rows of the base, before the others.
+_DECOMPRESS_STEPS = _STAGE2["num_steps"] - _rest("decompression")
 _DECOMPRESS = Link(
   "decompress",
   "configs/instruct.py",
@@ -197,7 +240,6 @@ _DECOMPRESS = Link(
   | {"instruct.tasks.decompression": 1.0, "num_steps": _DECOMPRESS_STEPS},
   "init_from",
 )
-
 # A model a hundred times as large learns in a tenth of the steps what a CPU has
 # time for, and small ones, lest it forget; the rest is as in the base.
 _SMOLLM2_STAGE1 = {k: v for k, v in _STAGE1.items() if k not in _LLM} | _NO_TEXT
@@ -221,24 +263,28 @@ ROWS: dict[str, Row] = {
   "sync_150": _row("language_driven, every 150", {"codebook.sync_every": 150}),
   # How the language model sees pictures.
   "projector": _row(
-    "visual encoder + text tokens",
-    stage2={"instruct.vision": "projector", "data.codes": None},
+    "visual encoder + text tokens, cannot draw",
+    stage2=_NO_DRAWING | {"instruct.vision": "projector", "data.codes": None},
   ),
+  "no_drawing": _row("unified, nothing drawn", stage2=_NO_DRAWING),
   "separate": _row(
     "separate vocabularies", stage2={"instruct.vision": "separate"}
   ),
   # Quantizers. The base is RQ, D = 4, on a grid of 4x4.
-  "vq": _row(
-    "VQ, 8x8",
+  "vq": _row("VQ, 8x8", _VQ),
+  # See exposure.py.
+  "vq_more": _row(
+    "VQ, 8x8, 1.3 times the steps: as many examples",
+    _VQ,
     {
-      "tokenizer.quantizer": "vq",
-      "tokenizer.depth": 1,
-      "tokenizer.channel_multipliers": (1,),
-      "tokenizer.num_res_blocks": 2,
+      "instruct.tasks.vqa": _STAGE2["instruct.tasks.vqa"] * 1.592,
+      "instruct.tasks.caption": _STAGE2["instruct.tasks.caption"] * 2.5,
+      "num_steps": 2600,
     },
   ),
   "rq_1": _row("RQ, 4x4, D = 1", _rq(1)),
   "rq_2": _row("RQ, 4x4, D = 2", _rq(2)),
+  "rq_5": _row("RQ, 4x4, D = 5", _rq(5)),
   "rq_8": _row("RQ, 4x4, D = 8", _rq(8)),
   "hq": _row(
     "HQ, 4x4 + 8x8",
@@ -251,17 +297,21 @@ ROWS: dict[str, Row] = {
   ),
   # Decompression.
   "no_decompression": _row(
-    "without", stage2={"instruct.tasks.decompression": 0.0}
+    "without, more of the rest", stage2={"instruct.tasks.decompression": 0.0}
   ),
   "decompression_first": _row(
-    "as pre-training",
+    "as pre-training, with a schedule of its own",
     stage2={
       "instruct.tasks.decompression": 0.0,
-      "num_steps": _STAGE2["num_steps"] - _DECOMPRESS_STEPS,
+      "num_steps": _rest("decompression"),
     },
     between=_DECOMPRESS,
   ),
-  "segments_1": _row("T = 1", stage2={"instruct.segments": 1}),
+  # Two of its pictures fit into a row, one of the others'.
+  "segments_1": _row(
+    "T = 1",
+    stage2={"instruct.segments": 1, "instruct.tasks.decompression": 0.06},
+  ),
   "segments_2": _row("T = 2", stage2={"instruct.segments": 2}),
   "segments_8": _row("T = 8", stage2={"instruct.segments": 8}),
   # The space in which codes are chosen.
@@ -270,6 +320,7 @@ ROWS: dict[str, Row] = {
   "dim_32": _row("code_dim 32", {"codebook.code_dim": 32}),
   "dim_64": _row("code_dim 64", {"codebook.code_dim": 64}),
   "no_l2": _row("code_dim 16, no l2", {"codebook.l2_normalize": False}),
+  "dim_128": _row("code_dim 128", {"codebook.code_dim": 128}),
   "literal": _row("128, identity, no l2: as the paper", _LITERAL),
   "literal_frozen": _row(
     "the same, frozen", _LITERAL | {"codebook.paradigm": "frozen"}
@@ -278,10 +329,9 @@ ROWS: dict[str, Row] = {
     "the same, dual", _LITERAL | {"codebook.paradigm": "dual"}
   ),
   # The table that stage I begins with.
-  "random_table": _row("random, no text in stage I", _NO_TEXT),
-  "text_first": _row(
-    "of an LLM trained on the text first", _NO_TEXT, before=_TEXT_FIRST
-  ),
+  "alternated": _row("random; text in stage I alone", llm=False),
+  "random_table": _row("random; 3 steps of text", _NO_TEXT, llm=False),
+  "text_first": _row("of the trained LLM; 3 steps of text", _NO_TEXT),
   "smollm2": Row(
     "of SmolLM2-135M (a tenth of the steps, half the batch)",
     (
@@ -315,10 +365,11 @@ FAMILIES = {
     ),
   ),
   "vocabulary": Family(
-    "What the language model reads", ("base", "separate", "projector")
+    "What the language model reads",
+    ("base", "separate", "no_drawing", "projector"),
   ),
   "quantizer": Family(
-    "Quantizer", ("base", "vq", "rq_1", "rq_2", "rq_8", "hq")
+    "Quantizer", ("base", "vq", "vq_more", "rq_1", "rq_2", "rq_5", "rq_8", "hq")
   ),
   "decompression": Family(
     "Image decompression",
@@ -330,13 +381,13 @@ FAMILIES = {
   "space": Family(
     "The space in which codes are chosen",
     (
-      *("base", "no_l2", "dim_4", "dim_8", "dim_32", "dim_64"),
+      *("base", "no_l2", "dim_4", "dim_8", "dim_32", "dim_64", "dim_128"),
       *("literal", "literal_frozen", "literal_dual"),
     ),
   ),
   "table": Family(
     "The table that stage I begins with",
-    ("base", "random_table", "text_first", "smollm2"),
+    ("base", "alternated", "random_table", "text_first", "smollm2"),
   ),
   "text": Family("Text in stage II", ("base", "text_0", "text_15")),
   "resolution": Family(

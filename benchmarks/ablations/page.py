@@ -9,6 +9,7 @@ see `Table`.
 import argparse
 import collections
 import dataclasses
+import json
 import pathlib
 import shutil
 
@@ -54,120 +55,178 @@ READING = (
   _percent("shape", "vqa/shape"),
   _percent("yes/no: colour", "vqa/yes/no: color"),
   _percent("yes/no: shape", "vqa/yes/no: shape"),
-  _percent("yes/no balanced", "vqa/yes/no balanced"),
-  _percent("POPE F1, random", "pope/random/f1"),
-  _percent("popular", "pope/popular/f1"),
-  _percent("adversarial", "pope/adversarial/f1"),
+  _percent("yes/no within a question", "vqa/yes/no unguessed"),
+  _percent("POPE, random: accuracy", "pope/random/accuracy"),
+  _percent("F1", "pope/random/f1"),
+  _percent("popular: accuracy", "pope/popular/accuracy"),
+  _percent("F1", "pope/popular/f1"),
+  _percent("adversarial: accuracy", "pope/adversarial/accuracy"),
+  _percent("F1", "pope/adversarial/f1"),
 )
 DRAWING = (
   _percent("drawn right, %", "judged/drawn/both"),
   _percent("colour", "judged/drawn/colour"),
   _percent("shape", "judged/drawn/shape"),
-  Metric("kernel distance x 1000", "drawn/kernel distance", 1000.0, 2),
-  _percent("reconstructed right, %", "judged/reconstructed/both"),
-  Metric("PSNR, dB", "psnr", 1.0, 2),
-  Metric("kernel distance x 1000", "reconstructed/kernel distance", 1000.0, 3),
+  Metric("drawn: kernel distance x 1000", "drawn/kernel distance", 1000.0, 2),
   _percent("decompression, %", "decompression"),
 )
 LANGUAGE = (
-  Metric("text perplexity before", "text/before stage II", log=True),
-  Metric("after", "text/after stage II", log=True),
-  Metric("drift before the snap", "drift before the snap", 1.0, 3),
-  _percent("agreement before the snap, %", "code_agreement before the snap"),
-  _percent("at the end", "code_agreement at the end"),
+  Metric("text perplexity after stage II", "text/after stage II", log=True),
+)
+# Of stage I alone: rows that share it have these in common.
+STAGE_ONE = (
+  Metric("PSNR, dB", "psnr", 1.0, 2),
+  Metric(
+    "reconstructed: kernel distance x 1000",
+    "reconstructed/kernel distance",
+    *(1000.0, 2),
+  ),
+  _percent("reconstructed right, %", "judged/reconstructed/both"),
+  Metric("text perplexity before stage II", "text/before stage II", log=True),
+  Metric("drift between syncs", "drift between syncs", 1.0, 3),
+  _percent("agreement between syncs, %", "code_agreement between syncs"),
+  _percent("agreement at the end, %", "code_agreement at the end"),
 )
 # Compared with the base row, and plotted.
 COMPARED = (
   READING[0],
   READING[5],
-  READING[8],
+  READING[10],
   DRAWING[0],
-  DRAWING[5],
-  LANGUAGE[1],
+  LANGUAGE[0],
+  STAGE_ONE[0],
 )
+# So little of stage II, and of so large a model, is compared with nothing.
+NOT_COMPARED = ("smollm2",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+  """Least squares of an effect of each row and of each seed.
+
+  Attributes:
+    effects: of each row, beside any other.
+    covariance: of the effects, for errors of variance 1.
+    deviation: of what is left over; None without freedom.
+    freedom: of it.
+  """
+
+  effects: dict[str, float]
+  covariance: np.ndarray
+  deviation: float | None
+  freedom: int
+
+
+def fit(values: dict[tuple[str, int], float]) -> Fit:
+  """Fits effects of rows and seeds; not every row needs every seed.
+
+  Args:
+    values: by row and seed.
+  """
+  rows = list(dict.fromkeys(row for row, _ in values))
+  seeds = sorted({seed for _, seed in values})
+  design = np.zeros((len(values), len(rows) + len(seeds) - 1))
+  for line, (row, seed) in zip(design, values, strict=True):
+    line[rows.index(row)] = 1
+    if seed != seeds[0]:
+      line[len(rows) + seeds.index(seed) - 1] = 1
+  y = np.asarray(list(values.values()))
+  effects, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+  freedom = len(y) - int(rank)
+  left = np.square(y - design @ effects).sum()
+  return Fit(
+    dict(zip(rows, effects, strict=False)),
+    np.linalg.pinv(design.T @ design),
+    float(np.sqrt(left / freedom)) if freedom else None,
+    freedom,
+  )
 
 
 class Table:
-  """Values of one metric in the rows of a family, by seed.
+  """Values of one metric, by row and seed.
 
-  Intervals are Student's, 95 %, with one standard deviation over seeds for all
-  rows of the family, from how the seeds of each row differ. Differences from
-  the base row are between runs of the same seed, which begin alike: their
-  standard error is from what is left when each row's and each seed's mean are
-  taken away (a randomized block design). The p-values are two-sided, and
-  Holm's over the family's rows.
+  Rows are compared with the base row between runs of the same seed, which begin
+  alike: the model has an effect of each row and of each seed, and one standard
+  deviation of what is left, from all rows of the grid (rows that share what the
+  metric is of count once). Intervals are Student's, 95 %; p-values are
+  two-sided, and Holm's over the rows of a family, the intervals are not.
   """
 
-  def __init__(self, results, rows, metric: Metric):
-    """Takes what there is of a metric, of seeds that all rows have.
+  def __init__(self, results, metric: Metric):
+    """Takes what there is of a metric.
 
     Args:
       results: by row and seed.
-      rows: names.
       metric: which.
     """
-    self.metric = metric
-    self.values = {
-      row: [
-        result["metrics"][metric.name]
-        for result in results[row].values()
-        if metric.name in result["metrics"]
-      ]
-      for row in rows
-    }
-    self._blocks = {}
-    seeds = set.intersection(*(set(results[row]) for row in rows))
-    for row in rows:
-      found = [
-        results[row][s]["metrics"].get(metric.name) for s in sorted(seeds)
-      ]
-      if found and None not in found:
-        self._blocks[row] = self._scaled(found)
+    self.metric, self.values = metric, {}
+    for row, seeds in results.items():
+      for seed, result in seeds.items():
+        if metric.name in result["metrics"]:
+          value = result["metrics"][metric.name]
+          self.values[row, seed] = self._scaled(value)
+    distinct, known = {}, set()
+    for (row, seed), value in self.values.items():
+      entry = grid.ROWS[row]
+      key = entry.key(seed, entry.stage1 + 1) if metric in STAGE_ONE else row
+      if row not in NOT_COMPARED and (key, seed) not in known:
+        known.add((key, seed))
+        distinct[row, seed] = value
+    self._all = fit(distinct) if distinct else None
 
-  def _scaled(self, values):
-    values = np.asarray(values, float)
-    return np.log(values) if self.metric.log else self.metric.scale * values
+  def _scaled(self, value: float) -> float:
+    return np.log(value) if self.metric.log else self.metric.scale * value
+
+  def of(self, row: str) -> list[float]:
+    """Returns the values of a row, as they are fitted."""
+    return [value for (name, _), value in self.values.items() if name == row]
+
+  def _quantile(self) -> float:
+    return float(stats.t.ppf(0.975, self._all.freedom))
 
   def cell(self, row: str) -> str:
     """Returns a mean with its interval, geometric where ratios matter."""
-    if not (own := self.values[row]):
+    if not (own := self.of(row)):
       return "-"
-    mean, digits = self._scaled(own).mean(), self.metric.digits
-    each = [self._scaled(v) for v in self.values.values() if len(v) > 1]
-    freedom = sum(len(v) - 1 for v in each)
-    half = None
-    if freedom:
-      squares = sum(np.square(v - v.mean()).sum() for v in each)
-      deviation = np.sqrt(squares / freedom / len(own))
-      half = stats.t.ppf(0.975, freedom) * deviation
+    mean, digits, half = np.mean(own), self.metric.digits, None
+    if self._all and self._all.deviation is not None:
+      half = self._quantile() * self._all.deviation / np.sqrt(len(own))
     if self.metric.log:
       text = f"{np.exp(mean):.{digits}f}"
       return text if half is None else f"{text} x/÷ {np.exp(half):.2f}"
     text = f"{mean:.{digits}f}"
     return text if half is None else f"{text} ± {half:.{digits}f}"
 
-  def differences(self) -> dict[str, tuple[float, float, float]]:
-    """Returns difference from the base row, half its interval, p, by row."""
-    if BASE not in self._blocks or len(self._blocks) < 2:
+  def differences(self, rows) -> dict[str, tuple[float, float, float]]:
+    """Returns difference from the base row, half its interval, p, by row.
+
+    Args:
+      rows: of a family.
+    """
+    if self._all is None or self._all.deviation is None:
       return {}
-    block = np.stack(list(self._blocks.values()))
-    count, seeds = block.shape
-    freedom = (count - 1) * (seeds - 1)
-    if not freedom:
+    own = {k: v for k, v in self.values.items() if k[0] in (*rows, BASE)}
+    own = {k: v for k, v in own.items() if k[0] not in NOT_COMPARED}
+    model, found = fit(own), {}
+    names = list(model.effects)
+    if BASE not in names:
       return {}
-    rest = block - block.mean(0) - block.mean(1, keepdims=True) + block.mean()
-    error = np.sqrt(np.square(rest).sum() / freedom * 2 / seeds)
-    base, found = self._blocks[BASE].mean(), {}
-    for row, values in self._blocks.items():
-      if row != BASE:
-        delta = values.mean() - base
-        p = 2 * stats.t.sf(abs(delta) / max(error, 1e-12), freedom)
-        found[row] = (delta, stats.t.ppf(0.975, freedom) * error, p)
+    for row in names:
+      if row == BASE:
+        continue
+      contrast = np.zeros(len(model.covariance))
+      contrast[names.index(row)], contrast[names.index(BASE)] = 1, -1
+      error = self._all.deviation * np.sqrt(
+        contrast @ model.covariance @ contrast
+      )
+      delta = model.effects[row] - model.effects[BASE]
+      p = 2 * stats.t.sf(abs(delta) / max(error, 1e-12), self._all.freedom)
+      found[row] = (delta, self._quantile() * error, p)
     return _holm(found)
 
-  def difference(self, row: str) -> str:
+  def difference(self, row: str, rows) -> str:
     """Formats what `differences` says of a row."""
-    if (known := self.differences().get(row)) is None:
+    if (known := self.differences(rows).get(row)) is None:
       return "-"
     delta, half, p = known
     said = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
@@ -178,7 +237,8 @@ class Table:
 
   def points(self, row: str) -> list[float]:
     """Returns a row's values as they are shown."""
-    return [self.metric.scale * value for value in self.values[row]]
+    own = self.of(row)
+    return [float(np.exp(v)) for v in own] if self.metric.log else own
 
 
 def _holm(found):
@@ -204,7 +264,7 @@ def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
 
 def measured(results, rows, metrics) -> list[str]:
   """Returns a table of means: a line a row, a column a metric."""
-  tables = [Table(results, rows, metric) for metric in metrics]
+  tables = [Table(results, metric) for metric in metrics]
   return markdown(
     ["", *(metric.title for metric in metrics)],
     [
@@ -214,15 +274,26 @@ def measured(results, rows, metrics) -> list[str]:
   )
 
 
+def share_stage_one(rows) -> bool:
+  """Says whether rows have one stage I, and so all that is measured of it."""
+  keys = {(row := grid.ROWS[name]).key(0, row.stage1 + 1) for name in rows} | {
+    grid.ROWS[name].image_size for name in rows
+  }
+  return len(keys) == 2
+
+
 def compared(results, rows) -> list[str]:
   """Returns a table of differences from the base row."""
-  tables = [Table(results, rows, metric) for metric in COMPARED]
+  metrics = [
+    m for m in COMPARED if not share_stage_one(rows) or m not in STAGE_ONE
+  ]
+  tables = [Table(results, metric) for metric in metrics]
   return markdown(
-    ["less base", *(metric.title for metric in COMPARED)],
+    ["less base", *(metric.title for metric in metrics)],
     [
-      [grid.ROWS[row].title, *(table.difference(row) for table in tables)]
+      [grid.ROWS[row].title, *(table.difference(row, rows) for table in tables)]
       for row in rows
-      if row != BASE
+      if row not in (BASE, *NOT_COMPARED)
     ],
   )
 
@@ -249,6 +320,28 @@ def by_depth(results, rows) -> list[str]:
         cell(row, "perplexity", 1.0, 0),
       ]
       for row in rows
+    ],
+  )
+
+
+def exposed(counts, rows) -> list[str]:
+  """Returns a table of what exposure.py counted."""
+  tasks = ("vqa", "described", "caption", "text_to_image", "decompression")
+  return markdown(
+    [
+      "seen in stage II, thousands",
+      *(t.replace("_", " ") for t in tasks),
+      "text",
+    ],
+    [
+      [
+        grid.ROWS[row].title,
+        *(
+          f"{counts[row].get(task, 0) / 1000:.1f}" for task in (*tasks, "text")
+        ),
+      ]
+      for row in rows
+      if row in counts
     ],
   )
 
@@ -295,7 +388,7 @@ def plot(results, family: str, target: pathlib.Path) -> None:
     sharey=True,
   )
   for axis, metric in zip(axes, COMPARED, strict=True):
-    table = Table(results, rows, metric)
+    table = Table(results, metric)
     for place, row in enumerate(rows):
       points = table.points(row)
       if not points:
@@ -323,11 +416,11 @@ def total_hours(results) -> str:
   for row, seeds in results.items():
     for seed, result in seeds.items():
       machines.add(f"{result['cores']} cores ({result['machine']})")
-      revisions.add(result["revision"])
       links = grid.ROWS[row].links
       for count, link in enumerate(links, 1):
         key = grid.ROWS[row].key(seed, count)
         spent[key] = result["seconds"][link.name]["cpu"]
+        revisions.update(result["seconds"][link.name]["revisions"])
       spent[row, seed] = result["seconds"]["evaluation"]["cpu"]
   hours = sum(spent.values()) / 3600
   count = sum(map(len, results.values()))
@@ -338,11 +431,14 @@ def total_hours(results) -> str:
   )
 
 
-def page(results, pictures: pathlib.Path, beside: pathlib.Path) -> list[str]:
+def page(
+  results, counts, pictures: pathlib.Path, beside: pathlib.Path
+) -> list[str]:
   """Returns what goes below the mark, and puts the pictures beside.
 
   Args:
     results: by row and seed.
+    counts: of exposure.py.
     pictures: folder of the rows' sheets.
     beside: folder of the page's pictures.
   """
@@ -354,15 +450,18 @@ def page(results, pictures: pathlib.Path, beside: pathlib.Path) -> list[str]:
     if BASE not in known or len(known) < 2:
       continue
     lines += [f"## {title}", ""]
-    for metrics in (READING, DRAWING, LANGUAGE):
-      lines += measured(results, known, metrics)
+    lines += measured(results, known, READING)
+    lines += measured(results, known, (*DRAWING, *LANGUAGE))
     lines += compared(results, known)
-    lines += by_depth(results, known)
+    of_stage_one = known[:1] if share_stage_one(known) else known
+    lines += measured(results, of_stage_one, STAGE_ONE)
+    lines += by_depth(results, of_stage_one)
+    lines += exposed(counts, known)
     lines += cost(results, known)
     target = beside / f"ablations_{family}.png"
     plot(results, family, target)
     lines += [f"![{title}]({beside.name}/{target.name})", ""]
-  lines += ["## Drawings, seed 0", ""]
+  lines += [f"## Drawings, seed {grid.SEEDS[0]}", ""]
   for row in grid.ROWS:
     source = pictures / f"{row}.png"
     if source.exists() and results[row]:
@@ -394,7 +493,15 @@ def main() -> None:
   if not any(results.values()):
     parser.error(f"{args.results} has no result of this grid: see run.py")
   above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
-  below = page(results, args.results / "pictures", args.doc.parent / "pictures")
+  counted = args.results / collect.EXPOSURE
+  if not counted.exists():
+    parser.error(f"{counted} is not there: run exposure.py")
+  below = page(
+    results,
+    json.loads(counted.read_text(encoding="utf-8")),
+    args.results / "pictures",
+    args.doc.parent / "pictures",
+  )
   args.doc.write_text(f"{above}{MARK}\n" + "\n".join(below), encoding="utf-8")
   print(f"wrote {args.doc}")
 

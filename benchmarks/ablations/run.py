@@ -7,8 +7,8 @@ row and seed leaves one small file in --results, which is all that
 benchmarks/ablations/page.py reads. What is there already is not done again, and
 a run that was interrupted goes on, so the same command may be given again and
 again, on this machine or, with the results copied, on another. No run is
-started that would not end within --hours. Every run has a core of its own, and
-as many go on at a time as there are cores.
+started that is not expected to end within --hours, judged by earlier ones.
+Every run has a core of its own, and as many go on at a time as there are cores.
 
 Some rows, or seeds, only:
   python benchmarks/ablations/run.py --rows base frozen --seeds 0 1
@@ -38,7 +38,8 @@ SUITES = "reconstruction,generation,vqa,pope,text,decompression"
 # Pictures of the test set that are evaluated: about ten questions each.
 PICTURES = 250
 # What a task is thought to take before one of its kind has ended, seconds.
-_GUESS = 600.0
+_GUESS = {"llm": 90.0, "evaluation": 90.0, "stage1": 150.0}
+_LONGEST = 700.0
 
 
 @dataclasses.dataclass
@@ -47,7 +48,7 @@ class Task:
 
   Attributes:
     key: names it, and its folder.
-    kind: its name for estimates of time.
+    kind: row and link, for estimates of time.
     command: arguments of Python.
     needs: keys of the tasks whose folders it reads.
     row: whose result it makes, None for a link.
@@ -105,16 +106,16 @@ def plan(rows, seeds, args) -> dict[str, Task]:
         )
         before = key
       size = {} if row.image_size is None else {"image_size": row.image_size}
-      key = f"measured_{name}_{seed}"
+      key = f"measured_{row.key(seed)}"
       tasks[key] = Task(
         key,
-        "evaluation",
+        f"{name} evaluation",
         [
           *("-m", "unicode_jax.evaluate"),
           f"--workdir={args.workdir / before}",
           f"--out={args.workdir / key}",
           # To be looked at.
-          f"--suites={SUITES}" + ("" if seed else ",pictures"),
+          f"--suites={SUITES}" + (",pictures" if seed == grid.SEEDS[0] else ""),
           f"--max_images={PICTURES}",
           f"--seed={seed}",
           "--noperceptual",
@@ -144,9 +145,9 @@ def on_cores(cores):
 class Running:
   """A process that does a task, on cores of its own."""
 
-  def __init__(self, task: Task, core: int, workdir: pathlib.Path):
+  def __init__(self, task: Task, core: int, workdir: pathlib.Path, about: dict):
     """Starts it; what it says goes to a file beside its folder."""
-    self.task, self.core = task, core
+    self.task, self.core, self._about = task, core, about
     self._spent = workdir / f"{task.key}.json"
     self._start = time.perf_counter()
     env = os.environ | {
@@ -166,6 +167,8 @@ class Running:
 
   def ended(self) -> int | None:
     """Returns its exit status, None while it runs; keeps what it took."""
+    if self._process.returncode is not None:
+      return self._process.returncode
     pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
     if not pid:
       return None
@@ -174,14 +177,14 @@ class Running:
     spent["wall"] += time.perf_counter() - self._start
     spent["cpu"] += usage.ru_utime + usage.ru_stime
     spent["done"] = code == 0
+    revision = self._about["revision"]
+    spent["revisions"] = sorted({*spent["revisions"], revision})
     self._spent.write_text(json.dumps(spent), encoding="utf-8")
     return code
 
   def stop(self) -> None:
     """Asks it to save and end."""
     self._process.terminate()
-    while self.ended() is None:
-      time.sleep(0.1)
 
 
 def facts() -> dict:
@@ -214,7 +217,10 @@ def run(tasks: dict[str, Task], args) -> list[str]:
   about = facts()
   deadline = time.monotonic() + 3600 * args.hours
   waiting, running, failed = dict(tasks), [], []
-  free = sorted(os.sched_getaffinity(0))[: args.jobs]
+  free = list(range(os.cpu_count() or 1))
+  if hasattr(os, "sched_getaffinity"):
+    free = sorted(os.sched_getaffinity(0))
+  free = free[: args.jobs]
   done = {
     key
     for key in tasks
@@ -222,12 +228,19 @@ def run(tasks: dict[str, Task], args) -> list[str]:
     and tasks[key].row is None
   }
   took: dict[str, list[float]] = {}
-  for key in done:
-    del waiting[key]
+
+  def learn(task):
+    seconds = collect.spent(args.workdir / f"{task.key}.json")["wall"]
+    for kind in (task.kind, task.kind.split()[-1]):
+      took.setdefault(kind, []).append(seconds)
 
   def expected(task):
-    known = took.get(task.kind) or took.get(task.kind.split()[-1])
-    return statistics.median(known) if known else _GUESS
+    link = task.kind.split()[-1]
+    known = took.get(task.kind) or took.get(link)
+    return statistics.median(known) if known else _GUESS.get(link, _LONGEST)
+
+  for key in done:
+    learn(waiting.pop(key))
 
   try:
     while waiting or running:
@@ -239,7 +252,7 @@ def run(tasks: dict[str, Task], args) -> list[str]:
         elif free and done.issuperset(task.needs):
           if time.monotonic() + expected(task) > deadline:
             continue
-          running.append(Running(task, free.pop(0), args.workdir))
+          running.append(Running(task, free.pop(0), args.workdir, about))
           del waiting[task.key]
           print(f"{time.strftime('%H:%M:%S')} {task.key} starts", flush=True)
       if not running:
@@ -261,15 +274,19 @@ def run(tasks: dict[str, Task], args) -> list[str]:
           failed.append(f"{key}: status {code}, {args.workdir / key}.log")
           continue
         done.add(key)
-        for kind in {job.task.kind, job.task.kind.split()[-1]}:
-          took.setdefault(kind, []).append(spent["wall"])
+        learn(job.task)
         if job.task.row is not None:
-          collect.keep(
-            args.workdir, args.results, job.task.row, job.task.seed, about
-          )
+          try:
+            collect.keep(
+              args.workdir, args.results, job.task.row, job.task.seed, about
+            )
+          except (KeyError, TypeError, ValueError, OSError) as error:
+            failed.append(f"{key}: nothing kept, {error!r}")
   finally:
     for job in running:
       job.stop()
+    while any(job.ended() is None for job in running):
+      time.sleep(0.1)
   if waiting:
     print(f"{len(waiting)} tasks did not fit: the same command goes on")
   return failed
@@ -283,7 +300,7 @@ def main() -> None:
   parser.add_argument("--workdir", type=pathlib.Path, default="runs/ablations")
   parser.add_argument("--results", type=pathlib.Path, default=collect.RESULTS)
   parser.add_argument("--rows", nargs="+", choices=grid.ROWS, metavar="ROW")
-  parser.add_argument("--seeds", nargs="+", type=int, default=range(grid.SEEDS))
+  parser.add_argument("--seeds", nargs="+", type=int, default=grid.SEEDS)
   parser.add_argument("--hours", type=float, default=8.0)
   parser.add_argument("--jobs", type=int, default=os.cpu_count())
   parser.add_argument("--smollm2", type=pathlib.Path)
