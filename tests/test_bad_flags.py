@@ -89,7 +89,15 @@ BAD = {
 }
 # What text may be, and lead nowhere.
 ODD = (
-  *("", " ", "/nowhere/é", "~nobody/x", "a" * 5000, "/dev/null/x", "../../x"),
+  *(
+    "",
+    " ",
+    "/nowhere/é",
+    "~nobody/x",
+    "a" * 5000,
+    "/dev/null/x",
+    "../../nothing-of-this-name",
+  ),
   *("*", "[", "%s", "{}", "-", "x\ty", "C:\\x", "http://x/y", "gs://x"),
 )
 # So that a command line ends at the latest where it asks for a run.

@@ -62,7 +62,10 @@ def rows_without_timing(workdir):
   "overrides",
   [
     {"codebook.paradigm": "language_driven", "codebook.update_rule": "ema"},
-    {"codebook.paradigm": "dual", "tokenizer.depth_dropout": 0.5},
+    pytest.param(
+      {"codebook.paradigm": "dual", "tokenizer.depth_dropout": 0.5},
+      marks=pytest.mark.slow,
+    ),
     {
       "codebook.paradigm": "projected",
       "tokenizer.loss.adversarial": 0.5,

@@ -82,7 +82,13 @@ def test_pretrain_preset_trains(tmp_path, preset):
   check(tmp_path, *expected)
 
 
-@pytest.mark.parametrize("preset", sorted(pretrain_config.PRESETS))
+@pytest.mark.parametrize(
+  "preset",
+  [  # Stage I has the tokenizer of "paper", too.
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "paper"))
+    for name in sorted(pretrain_config.PRESETS)
+  ],
+)
 def test_tokenizer_preset_trains(tmp_path, preset):
   config = shrink(tokenizer_config.get_config(preset))
   tokenizer.run(config, tmp_path)
