@@ -68,7 +68,7 @@ _STAGE2 = _PERIODS | {
   "instruct.heldout_rows": 64,
   "instruct.questions_per_image": 8,
   "instruct.yes_no_ratio": 3.0,
-  "instruct.image_loss_weight": 0.3,
+  "instruct.image_loss_weight": 1.0,
   "instruct.tasks.decompression": 0.12,
   "instruct.tasks.caption": 0.05,
   "instruct.tasks.vqa": 0.38,

@@ -8,7 +8,7 @@ import jax
 from unicode_jax import sharding
 
 _PIECE_BYTES = 2**21
-_WHOLE_BYTES = 2**23
+_WHOLE_BYTES = 2**24
 
 
 def blockwise(
