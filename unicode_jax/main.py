@@ -22,6 +22,7 @@ import importlib
 import itertools
 import os
 import pathlib
+import re
 
 from absl import flags
 
@@ -156,12 +157,8 @@ def _start_devices(platform: str | None, distributed: bool) -> None:
 def _join(jax) -> None:
   """Makes this process one of several."""
   command.leave_at_once()
+  given = _place()
   try:
-    given = {
-      name.lower().removeprefix("jax_"): int(os.environ[name])
-      for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-      if name in os.environ
-    }
     jax.distributed.initialize(**given)
   except (ValueError, RuntimeError) as error:
     raise config_lib.ConfigError(
@@ -169,6 +166,36 @@ def _join(jax) -> None:
       "the command by Cloud TPU, GKE, Slurm or MPI, or set "
       "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
     ) from error
+
+
+def _place() -> dict[str, int]:
+  """Returns what the environment says of this process among the others."""
+  address, count, number = (
+    os.environ.get(name)
+    for name in (
+      "JAX_COORDINATOR_ADDRESS",
+      "JAX_NUM_PROCESSES",
+      "JAX_PROCESS_ID",
+    )
+  )
+  if address is not None and not re.fullmatch(r".+:\d+", address):
+    raise config_lib.ConfigError(
+      f"JAX_COORDINATOR_ADDRESS={address} has no port: write HOST:PORT, such "
+      "as 10.0.0.1:8476"
+    )
+  if count is None and number is None:
+    return {}
+  if not (count or "").isdecimal() or not (number or "").isdecimal():
+    raise config_lib.ConfigError(
+      f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={number} do not say which "
+      "process of how many this is: set both, to numbers"
+    )
+  if not int(number) < int(count):
+    raise config_lib.ConfigError(
+      f"JAX_PROCESS_ID={number} is none of JAX_NUM_PROCESSES={count}: they "
+      "count from 0"
+    )
+  return {"num_processes": int(count), "process_id": int(number)}
 
 
 def run() -> None:

@@ -16,7 +16,7 @@ from unicode_jax import (
   loading,
   sharding,
 )
-from unicode_jax.stages import run_folder
+from unicode_jax.stages import agreement, run_folder
 from unicode_jax.training import guard, loop, phase as phase_lib, report
 
 
@@ -83,8 +83,8 @@ def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
     The mesh over all devices.
 
   Raises:
-    ConfigError: If the devices or the folder do not fit the config, or another
-      process trains into it.
+    ConfigError: If the devices or the folder do not fit the config, processes
+      were given different ones, or another run trains into the folder.
   """
   config_lib.check_devices(config, jax.device_count())
   run_folder.check(workdir, config)
@@ -98,6 +98,7 @@ def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
     )
   is_main = jax.process_index() == 0
   with files.held(workdir) if is_main else contextlib.nullcontext():
+    agreement.check(config, workdir)
     yield mesh
 
 

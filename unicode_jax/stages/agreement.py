@@ -1,0 +1,96 @@
+"""Whether the processes of a run were given the same, before they train."""
+
+import json
+import pathlib
+import secrets
+import time
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from unicode_jax import config as config_lib, files
+
+_MARKER = ".seen-by-all"
+# A file on a mounted bucket is seen by other hosts some seconds later.
+_PATIENCE = 30.0
+
+
+def check(config, workdir: pathlib.Path) -> None:
+  """Compares configs and run folders of all processes, which all call it.
+
+  Processes of other configs would train together, each by its own, and those of
+  other folders wait for each other's part of the first checkpoint.
+
+  Args:
+    config: Resolved ConfigDict.
+    workdir: Run folder; process 0 has made it.
+
+  Raises:
+    ConfigError: If one process has another config, or does not see the folder
+      of process 0; in every process.
+  """
+  if jax.process_count() == 1:
+    return
+  given = _gather(
+    {
+      "config": config_lib.flatten(config),
+      "workdir": str(workdir),
+      "token": secrets.token_hex(8),
+    }
+  )
+  first = given[0]
+  for number, other in enumerate(given):
+    pairs = {
+      key: (first["config"].get(key), other["config"].get(key))
+      for key in first["config"] | other["config"]
+    }
+    # All keys: who saves or evaluates at other steps is waited for, too.
+    differing = [
+      f"{key}: {ours!r} and {theirs!r}"
+      for key, (ours, theirs) in sorted(pairs.items())
+      if ours != theirs
+    ]
+    if differing:
+      raise config_lib.ConfigError(
+        f"processes 0 and {number} were given different configs "
+        f"({'; '.join(differing)}): start all of them by the same command"
+      )
+  marker = workdir / _MARKER
+  if jax.process_index() == 0:
+    files.write_whole(marker, first["token"])
+  _gather(None)  # It is written.
+  seen = _gather(_sees(marker, first["token"]))
+  if jax.process_index() == 0:
+    marker.unlink()
+  if not all(seen):
+    number = seen.index(False)
+    raise config_lib.ConfigError(
+      f"process {number} does not see what process 0 writes: --workdir is "
+      f"{given[number]['workdir']} there and {first['workdir']} here; give all "
+      "processes one folder that every host has, such as a mounted bucket"
+    )
+
+
+def _sees(marker: pathlib.Path, token: str) -> bool:
+  """Says whether a file holds a text, once it has had time to appear."""
+  end = time.monotonic() + _PATIENCE
+  while True:
+    try:
+      if marker.read_text(encoding="utf-8") == token:
+        return True
+    except OSError:
+      pass
+    if time.monotonic() > end:
+      return False
+    time.sleep(0.2)
+
+
+def _gather(value) -> list:
+  """Returns the values of all processes, in order; each can be JSON."""
+  mine = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.int32(mine.size))
+  padded = np.zeros(sizes.max(), np.uint8)
+  padded[: mine.size] = mine
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes)]
