@@ -142,7 +142,9 @@ def main():
         name, rate = line.split("\t")
         rates.setdefault(name, {}).setdefault(library, []).append(float(rate))
   print(f"medians of {args.rounds} processes each (range); load {load:.1f}\n")
-  print("| product | jax, GF/s | torch, GF/s | jax / torch |\n|---|---|---|---|")
+  print(
+    "| product | jax, GF/s | torch, GF/s | jax / torch |\n|---|---|---|---|"
+  )
   for name, of in rates.items():
     cells = [
       f"{np.median(of[lib]):.0f} ({min(of[lib]):.0f} to {max(of[lib]):.0f})"

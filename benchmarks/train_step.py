@@ -27,6 +27,7 @@ from collections.abc import Callable
 import dataclasses
 import os
 import platform
+import resource
 import sys
 import time
 
@@ -121,6 +122,7 @@ class Workload:
     codes: int32[B, h, w, D], our codes at the first step; None for none.
     failed: name -> why it could not be run.
     seconds: name -> duration of each timed step.
+    faults: name -> pages that each timed step was given by the system.
   """
 
   unit: str
@@ -131,6 +133,7 @@ class Workload:
   codes: np.ndarray | None = None
   failed: dict[str, str] = dataclasses.field(default_factory=dict)
   seconds: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+  faults: dict[str, list[int]] = dataclasses.field(default_factory=dict)
 
 
 def llm(args) -> Workload:
@@ -260,19 +263,25 @@ def warm_up(name: str, workload: Workload, tolerances: dict) -> None:
 
 
 def measure(workloads: dict[str, Workload], repeats: int, clock) -> None:
-  """Times all in turns, one step each, into their `seconds`."""
+  """Times all in turns, one step each, into their `seconds` and `faults`."""
   turns = [
-    (workload.seconds.setdefault(name, []), run)
+    (workload, name, run)
     for workload in workloads.values()
     for name, run in workload.runs.items()
   ]
   rng = np.random.default_rng(0)
   for _ in range(repeats):
     for i in rng.permutation(len(turns)):
-      seconds, run = turns[i]
-      start = clock()
+      workload, name, run = turns[i]
+      faults, start = page_faults(), clock()
       run()
-      seconds.append(clock() - start)
+      workload.seconds.setdefault(name, []).append(clock() - start)
+      workload.faults.setdefault(name, []).append(page_faults() - faults)
+
+
+def page_faults() -> int:
+  """Returns how many pages this process was given so far."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def rows(name: str, workload: Workload) -> list[list[str]]:
@@ -291,9 +300,10 @@ def rows(name: str, workload: Workload) -> list[list[str]]:
         spread(1e3 * seconds, 1),
         f"{rate:.{0 if rate >= 1000 else 1}f} {workload.unit}/s",
         ratio,
+        f"{np.median(workload.faults[which]):.0f}",
       ]
     )
-  found += [[name, which, "not run", "", ""] for which in workload.failed]
+  found += [[name, which, "not run", "", "", ""] for which in workload.failed]
   return found
 
 
@@ -418,7 +428,7 @@ def main():
     print(f"{name}: {args.model}, {workload.description}")
   print("\nMedians, 10th to 90th percentile; jax / it: of items a second.\n")
   print_table(
-    ["workload", "", "ms a step", "items a second", "jax / it"],
+    ["workload", "", "ms a step", "items a second", "jax / it", "page faults"],
     [row for item in workloads.items() for row in rows(*item)],
     args.markdown,
   )
