@@ -288,8 +288,8 @@ def rows(name: str, workload: Workload) -> list[list[str]]:
   """Returns a workload's rows of the table."""
   found = []
   ours = np.array(workload.seconds["jax"])
-  for which, values in workload.seconds.items():
-    seconds = np.array(values)
+  for which in workload.runs:
+    seconds = np.array(workload.seconds[which])
     # Items a second, ours over theirs: above 1 ours is faster.
     ratio = "" if which == "jax" else spread(seconds / ours, 2)
     rate = workload.items / np.median(seconds)
