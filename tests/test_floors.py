@@ -13,7 +13,7 @@ PACKAGE = "unicode_jax"
 FLOORS = (
   ("config", "sharding", "compiled", "interruption", "files"),
   ("command", "kernels", "nn"),
-  ("codebook", "quantizer"),
+  ("codebook", "quantizer", "processes"),
   ("models",),
   ("data", "training", "sampling"),
   ("loading",),

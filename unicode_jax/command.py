@@ -58,10 +58,10 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
       main = functools.partial(main, values)
     app.run(functools.partial(_checked, main), argv=argv, flags_parser=_parsed)
   except config_lib.ConfigError as error:
-    _end(2, f"error: {error}")
+    end(2, f"error: {error}")
   except BrokenPipeError:
     leave_at_once()  # There is nowhere to flush to.
-    _end(
+    end(
       DISK_STATUS,
       "error: what read the output of this command has ended: let it go to a "
       f"file; {interrupted}",
@@ -70,31 +70,31 @@ def run(main: Callable, interrupted: str, *, overrides: bool = False) -> None:
     if error.errno is None or error.errno in _WRONG_PATH:
       if error.filename is None:
         raise
-      _end(
+      end(
         2,
         f"error: {error.strerror}: {str(error.filename)!r}: name a file or "
         "folder that can be used",
       )
     leave_at_once()  # Libraries would fail to clean up on the same disk.
     where = "" if error.filename is None else f": {str(error.filename)!r}"
-    _end(
+    end(
       DISK_STATUS,
       f"error: {error.strerror}{where}: see that the disk has room; "
       + interrupted,
     )
   except files.InUseError as error:
-    _end(interruption.PREEMPTED_STATUS, f"error: {error}")
+    end(interruption.PREEMPTED_STATUS, f"error: {error}")
   except config_lib.RunError as error:
-    _end(3, f"stopped: {error}")
+    end(3, f"stopped: {error}")
   except KeyboardInterrupt:
-    _end(interruption.CTRL_C_STATUS, f"interrupted: {interrupted}")
+    end(interruption.CTRL_C_STATUS, f"interrupted: {interrupted}")
   except interruption.Preempted:
-    _end(interruption.PREEMPTED_STATUS, f"stopped by SIGTERM: {interrupted}")
+    end(interruption.PREEMPTED_STATUS, f"stopped by SIGTERM: {interrupted}")
   except Exception:  # What a library made of the exception.
     if (number := interruption.asked()) is None:
       raise
     name = signal.Signals(number).name
-    _end(interruption.status(number), f"stopped by {name}: {interrupted}")
+    end(interruption.status(number), f"stopped by {name}: {interrupted}")
 
 
 def _said_aside(report) -> None:
@@ -191,7 +191,8 @@ def leave_at_once() -> None:
   _at_once = True
 
 
-def _end(status: int, message: str) -> None:
+def end(status: int, message: str) -> None:
+  """Ends this process; at once after `leave_at_once`, from whatever thread."""
   print(message, file=sys.stderr, flush=True)
   if _at_once:
     with contextlib.suppress(BrokenPipeError):

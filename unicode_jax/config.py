@@ -1025,12 +1025,15 @@ def _take(
   return apply_overrides(config, inherited)
 
 
-def check_devices(config: ConfigDict, num_devices: int) -> None:
+def check_devices(
+  config: ConfigDict, num_devices: int, num_processes: int = 1
+) -> None:
   """Checks batches and mesh against the devices there are.
 
   Args:
     config: A validated config.
     num_devices: Devices of all processes together.
+    num_processes: Which have them.
 
   Raises:
     ConfigError: If a batch or the mesh does not split over the devices.
@@ -1048,9 +1051,10 @@ def check_devices(config: ConfigDict, num_devices: int) -> None:
         remedy += ", all of them together"
     else:
       remedy = "set mesh.data=-1, which takes what the others leave over"
+    of = f" of {num_processes} processes" if num_processes > 1 else ""
     raise ConfigError(
       f"{' x '.join(chosen) or 'mesh.data=1'} does not cover the {num_devices} "
-      f"device{'s' if num_devices > 1 else ''}: {remedy}"
+      f"device{'s' if num_devices > 1 else ''}{of}: {remedy}"
     )
   tensor = filled["tensor"]
   if config.stage != "tokenizer" and config.llm.num_heads % tensor:

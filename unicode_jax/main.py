@@ -22,11 +22,10 @@ import importlib
 import itertools
 import os
 import pathlib
-import re
 
 from absl import flags
 
-from unicode_jax import command, config as config_lib
+from unicode_jax import command, config as config_lib, processes
 from unicode_jax.stages import run_folder
 
 _CONFIG = flags.DEFINE_string(
@@ -140,62 +139,19 @@ def _start_devices(platform: str | None, distributed: bool) -> None:
   """Joins the other processes; raises unless there are devices as asked for."""
   if platform:
     os.environ["JAX_PLATFORMS"] = platform
+  if distributed:
+    processes.join()
   import jax  # pylint: disable=g-import-not-at-top
 
   try:
-    if distributed:
-      _join(jax)
     jax.devices()
   except RuntimeError as error:
     reason = str(error).splitlines()[0]
     raise config_lib.ConfigError(
       f"platform={platform!r} cannot be used here ({reason}): install JAX for "
-      "it, or leave config.platform unset to take what there is"
+      'it (pip install -e ".[tpu]" or ".[cuda]"), or leave config.platform '
+      "unset to take what there is"
     ) from error
-
-
-def _join(jax) -> None:
-  """Makes this process one of several."""
-  command.leave_at_once()
-  given = _place()
-  try:
-    jax.distributed.initialize(**given)
-  except (ValueError, RuntimeError) as error:
-    raise config_lib.ConfigError(
-      f"distributed=True, but there is no cluster to be seen ({error}): start "
-      "the command by Cloud TPU, GKE, Slurm or MPI, or set "
-      "JAX_COORDINATOR_ADDRESS=HOST:PORT, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-    ) from error
-
-
-def _place() -> dict[str, int]:
-  """Returns what the environment says of this process among the others."""
-  address, count, number = (
-    os.environ.get(name)
-    for name in (
-      "JAX_COORDINATOR_ADDRESS",
-      "JAX_NUM_PROCESSES",
-      "JAX_PROCESS_ID",
-    )
-  )
-  if address is not None and not re.fullmatch(r".+:\d+", address):
-    raise config_lib.ConfigError(
-      f"JAX_COORDINATOR_ADDRESS={address} has no port: write HOST:PORT, such "
-      "as 10.0.0.1:8476"
-    )
-  if count is None and number is None:
-    return {}
-  if not (count or "").isdecimal() or not (number or "").isdecimal():
-    raise config_lib.ConfigError(
-      f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID={number} do not say which "
-      "process of how many this is: set both, to numbers"
-    )
-  if not int(number) < int(count):
-    raise config_lib.ConfigError(
-      f"JAX_PROCESS_ID={number} is none of JAX_NUM_PROCESSES={count}: they "
-      "count from 0"
-    )
-  return {"num_processes": int(count), "process_id": int(number)}
 
 
 def run() -> None:

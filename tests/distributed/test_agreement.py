@@ -1,33 +1,52 @@
 """Processes that were given different things end, and leave nothing."""
 
+import pathlib
 import socket
 import subprocess
 import sys
 
+from PIL import Image
 import pytest
+
+from unicode_jax import files
+
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "pretrain.py:debug"
+
+
+def _free_port() -> int:
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
+def _place(address: str, number: int) -> dict[str, str]:
+  """Returns what says which of two processes one is."""
+  return {
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_NUM_PROCESSES": "2",
+    "JAX_PROCESS_ID": str(number),
+  }
 
 
 @pytest.fixture
 def start(host_devices):
-  """Returns a function: starts the command twice, with flags of each."""
+  """Returns a function: starts the command twice, with flags of each.
 
-  def run(*flags):
-    with socket.socket() as free:
-      free.bind(("127.0.0.1", 0))
-      address = f"127.0.0.1:{free.getsockname()[1]}"
+  It returns both exit statuses, and what both say. `folders` are where they
+  start.
+  """
+
+  def run(*flags, folders=(None, None)):
+    address = f"127.0.0.1:{_free_port()}"
     running = [
       subprocess.Popen(
         [
           *(sys.executable, "-m", "unicode_jax.main"),
-          *("--config=configs/pretrain.py:debug", "--config.distributed=True"),
+          *(f"--config={CONFIG}", "--config.distributed=True"),
           *of,
         ],
-        env=host_devices(1)
-        | {
-          "JAX_COORDINATOR_ADDRESS": address,
-          "JAX_NUM_PROCESSES": "2",
-          "JAX_PROCESS_ID": str(number),
-        },
+        cwd=folders[number],
+        env=host_devices(1) | _place(address, number),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,6 +84,59 @@ def test_other_folders(start, tmp_path):
     assert "process 1 does not see what process 0 writes" in text
     assert str(folders[0]) in text and str(folders[1]) in text
   assert not folders[0].exists() and not folders[1].exists()
+
+
+def test_one_refuses(start, tmp_path):
+  """What process 0 alone can see: the folder is in use, or of another run."""
+  workdir = f"--workdir={tmp_path / 'run'}"
+  with files.held(tmp_path / "run"):
+    codes, texts = start([workdir], [workdir])
+  assert codes == [75, 75], texts
+  assert f"{tmp_path / 'run'} is in use by process" in texts[0]
+  assert f"process 0 ends: {tmp_path / 'run'} is in use by" in texts[1]
+
+
+def test_data_that_one_host_lacks(start, tmp_path):
+  """The same name, which is a folder of images on one host alone."""
+  here, there = tmp_path / "here", tmp_path / "there"
+  for folder in (here, there):
+    (folder / "images").mkdir(parents=True)
+  for number in range(20):
+    image = Image.new("RGB", (32, 32), (number, 0, 0))
+    image.save(here / "images" / f"{number}.png")
+  flags = [
+    f"--workdir={tmp_path / 'run'}",
+    "--config.data.source=folder",
+    "--config.data.path=images",
+  ]
+  codes, texts = start(flags, flags, folders=[here, there])
+  assert codes == [2, 2], texts
+  assert "no image in images" in texts[1]
+  assert "process 1 ends: no image in images" in texts[0]
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_who_is_alone_says_so(host_devices, number):
+  """Instead of JAX's abort; with less patience than the command has."""
+  address = f"127.0.0.1:{_free_port()}"
+  code = (
+    "from unicode_jax import processes\n"
+    "processes._PATIENCE, processes._SILENCE = 4, 1.5\n"
+    "processes.join()"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env=host_devices(1) | _place(address, number),
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 75, done.stderr
+  said = f"waiting for the other processes, at {address}\n"
+  assert done.stdout == said * 2
+  assert f"after 4 s not all processes have met at {address}" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,12 @@
-"""Whether the processes of a run were given the same, before they train."""
+"""What the processes of a run agree on before they train.
 
+They were given the same config and folder, and none of them refuses what it
+sees. Who ends alone is missed by the others after a minute, with a trace of JAX
+that does not say why.
+"""
+
+from collections.abc import Iterator
+import contextlib
 import json
 import pathlib
 import secrets
@@ -14,6 +21,33 @@ from unicode_jax import config as config_lib, files
 _MARKER = ".seen-by-all"
 # A file on a mounted bucket is seen by other hosts some seconds later.
 _PATIENCE = 30.0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Ends all processes where one of them refuses what is in the block.
+
+  Every process has to run the block, and to do nothing in it that waits for
+  another one.
+
+  Raises:
+    ConfigError, InUseError, OSError: As the block does in this process.
+    ConfigError, InUseError: If it does in another one; names the process.
+  """
+  refused = None
+  try:
+    yield
+  except (config_lib.ConfigError, files.InUseError, OSError) as error:
+    refused = error
+  if jax.process_count() > 1:
+    said = None if refused is None else str(refused)
+    ends = _gather([said, isinstance(refused, files.InUseError)])
+    for number, (said, in_use) in enumerate(ends):
+      if said is not None and refused is None:
+        kind = files.InUseError if in_use else config_lib.ConfigError
+        raise kind(f"process {number} ends: {said}")
+  if refused is not None:
+    raise refused
 
 
 def check(config, workdir: pathlib.Path) -> None:

@@ -41,9 +41,10 @@ def load_data(
     text = data_lib.TextConfig(**config.text)
     if tokenizer_path is not None:
       text = dataclasses.replace(text, tokenizer_path=tokenizer_path)
-  return data_lib.load_data(
-    data_lib.DataConfig(**config.data), text, config.image_size
-  )
+  with agreement.together():
+    return data_lib.load_data(
+      data_lib.DataConfig(**config.data), text, config.image_size
+    )
 
 
 def loop_config(config, text_tokenizer=None) -> loop.LoopConfig:
@@ -83,22 +84,26 @@ def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
     The mesh over all devices.
 
   Raises:
-    ConfigError: If the devices or the folder do not fit the config, processes
-      were given different ones, or another run trains into the folder.
+    ConfigError: If the devices or the folder do not fit the config, or
+      processes were given different ones.
+    InUseError: If another run trains into the folder.
   """
-  config_lib.check_devices(config, jax.device_count())
-  run_folder.check(workdir, config)
-  mesh = sharding.make_mesh(**config.mesh)
-  if jax.process_index() == 0 and mesh.size > 1:
-    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(
-      f"{mesh.size} devices ({jax.devices()[0].device_kind}, "
-      f"{jax.process_count()} processes): {sizes}",
-      flush=True,
-    )
   is_main = jax.process_index() == 0
-  with files.held(workdir) if is_main else contextlib.nullcontext():
+  with contextlib.ExitStack() as stack:
+    with agreement.together():
+      config_lib.check_devices(config, jax.device_count(), jax.process_count())
+      run_folder.check(workdir, config)
+      if is_main:
+        stack.enter_context(files.held(workdir))
     agreement.check(config, workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+    if is_main and mesh.size > 1:
+      sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+      print(
+        f"{mesh.size} devices ({jax.devices()[0].device_kind}, "
+        f"{jax.process_count()} processes): {sizes}",
+        flush=True,
+      )
     yield mesh
 
 
