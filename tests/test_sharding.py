@@ -96,6 +96,20 @@ def test_what_cannot_be_split_is_logged(caplog):
   assert "tensor=2" in caplog.text
 
 
+def test_an_activation_that_cannot_be_split_is_logged_once(caplog):
+  with jax.sharding.use_abstract_mesh(mesh(data=2, fsdp=2, tensor=2)):
+    for shape in [(4, 5, 8), (4, 5, 8), (6, 2, 8), (1, 1, 8)]:
+      jax.make_jaxpr(
+        lambda x: sharding.constrain(x, "batch", "residual", "embed")
+      )(jnp.zeros(shape))
+  assert [record.getMessage() for record in caplog.records] == [
+    "not sharded over tensor=2 (residual 5): "
+    "[batch, residual, embed] (4, 5, 8)",
+    "not sharded over data=2 x fsdp=2 (batch 6): "
+    "[batch, residual, embed] (6, 2, 8)",
+  ]
+
+
 def test_a_layer_of_a_stack_has_the_stack_s_places():
   """Or its gradient would be moved before it is added to the stack's."""
   assert sharding.MIN_SHARDED_SIZE > 2**12

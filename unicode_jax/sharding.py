@@ -180,6 +180,8 @@ def active_mesh():
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Says how an activation is split over the mesh that is set, if one is.
 
+  What cannot be split as its rule says is whole on every device, and logged.
+
   Args:
     x: The activation.
     *names: Logical axis of each of its axes.
@@ -191,7 +193,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   if mesh is None:
     return x
   spec = RULES.spec(names, x.shape, mesh)
+  # A single position, or example, is not there to be split.
+  several = tuple(n if s > 1 else None for n, s in zip(names, x.shape))
+  if (unsplit := _not_split(several, x.shape, spec, mesh)) is not None:
+    _log_activation(unsplit, names, x.shape)
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+@functools.cache
+def _log_activation(unsplit: str, names, shape: tuple[int, ...]) -> None:
+  """Logs, once however often it is traced, what is whole on every device."""
+  axes = ", ".join(map(str, names))
+  logging.warning("not sharded over %s: [%s] %s", unsplit, axes, shape)
 
 
 def constrain_batch(batch):
@@ -452,7 +465,8 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 def _not_split(names, shape, entries, mesh) -> str | None:
   """Names the first rule that could not be followed, None if all were."""
   for name, size, entry in zip(names, shape, entries):
-    wanted = RULES.axes.get(name, ())
-    if entry is None and any(mesh.shape.get(axis, 1) > 1 for axis in wanted):
-      return f"{wanted[0]}={mesh.shape[wanted[0]]} ({name} {size})"
+    wanted = [a for a in RULES.axes.get(name, ()) if mesh.shape.get(a, 1) > 1]
+    if entry is None and wanted:
+      axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
+      return f"{axes} ({name} {size})"
   return None
