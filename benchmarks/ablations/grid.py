@@ -172,9 +172,9 @@ _LLM_LINK = Link(
     "schedule.finetune_steps": 0,
   },
 )
-# Whether a word of the question is one of the description takes a small model a
-# thousand steps to see, and then it sees it at once: in stage II that would come
-# early with one seed and not at all with another. Those of the paper know it.
+# Whether a word of the question is one of the description takes a small model
+# a thousand steps to see, and then it sees it at once: in stage II that would
+# come early with one seed and not at all with another. The paper's knows it.
 _QUESTIONS_LINK = Link(
   "questions",
   "configs/instruct.py",
@@ -292,12 +292,12 @@ ROWS: dict[str, Row] = {
   "vq": _row("VQ, 8x8", _VQ),
   # See exposure.py.
   "vq_more": _row(
-    "VQ, 8x8, 1.23 times the steps: as many examples",
+    "VQ, 8x8, 1.3 times the steps: as many examples",
     _VQ,
     {
       "instruct.tasks.vqa": _STAGE2["instruct.tasks.vqa"] * 1.592,
       "instruct.tasks.caption": _STAGE2["instruct.tasks.caption"] * 2.5,
-      "num_steps": round(1.226 * _STAGE2["num_steps"]),
+      "num_steps": round(1.315 * _STAGE2["num_steps"]),
     },
   ),
   "rq_1": _row("RQ, 4x4, D = 1", _rq(1)),
