@@ -15,8 +15,8 @@ from typing import Any
 
 from unicode_jax import config as config_lib
 
-# Seed 0 is what the sizes below were chosen with.
-SEEDS = (1, 2, 3)
+# Seeds 0 to 3 are what the sizes below were chosen with.
+SEEDS = (4, 5, 6)
 # An outside language model (run.py's --smollm2), and the presets made for it.
 SMOLLM2 = "smollm2"
 
