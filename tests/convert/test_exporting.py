@@ -1,5 +1,6 @@
 """Exports against transformers: there and back, and what training made."""
 
+import dataclasses
 import json
 
 import jax
@@ -177,6 +178,25 @@ def test_a_run_of_stage_one(stage_one, tmp_path):
   with torch.no_grad():
     theirs = model(torch.tensor([ids])).logits.numpy()
   np.testing.assert_allclose(logits(loaded, [ids]), theirs, atol=1e-4)
+
+
+def test_no_place_of_the_machine_leaves_it(stage_one, tmp_path):
+  loaded = loading.load_llm(stage_one[0])
+  values = {
+    "llm_from": str(tmp_path / "smollm2"),
+    "data.cache_dir": str(tmp_path / "cache"),
+    "data.path": "here/*.tar",
+  }
+  loaded = dataclasses.replace(
+    loaded, config=config_lib.apply_overrides(loaded.config, values)
+  )
+  out = exporting.export(loaded, tmp_path / "hf")
+  for path in out.rglob("*"):
+    assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes()
+  config = json.loads((out / "unicode_jax_config.json").read_text())
+  assert config["llm_from"] == "smollm2"
+  assert config["data"]["cache_dir"] == "cache"
+  assert config["data"]["path"] == "here/*.tar"
 
 
 def test_an_imported_model_keeps_its_chat_template(tmp_path, tokenizer):

@@ -12,6 +12,7 @@ them, so that there is never a second copy of the model.
 from collections.abc import Iterable, Mapping
 import json
 import logging
+import os
 import pathlib
 import struct
 
@@ -98,11 +99,22 @@ def export(
     _write_json(work / "config.json", config)
     _write_json(work / "generation_config.json", ids)
     (work / "unicode_jax_config.json").write_text(
-      config_lib.to_json(llm.config), encoding="utf-8"
+      config_lib.to_json(_without_places(llm.config)), encoding="utf-8"
     )
     model_card.write(work, llm, config.get("unicode"), licence)
   logging.info("exported %s to %s", llm.workdir, out)
   return out
+
+
+def _without_places(config):
+  """Returns a config that does not say where folders lie, only their names."""
+  values = config_lib.flatten(config)
+  folders_of_run = {
+    key: pathlib.PurePath(values[key]).name
+    for key in config_lib.FOLDERS
+    if values[key] is not None and os.path.isabs(values[key])
+  }
+  return config_lib.apply_overrides(config, folders_of_run)
 
 
 def write_weights(
