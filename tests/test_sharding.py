@@ -27,15 +27,20 @@ def spec(name, *shape, **sizes):
   return found.spec
 
 
-def test_rules_translate_and_leave_out_what_does_not_divide():
+def test_rules_translate_as_far_as_sizes_divide():
   sizes = mesh(2, 2, 4)
   names = ("batch", "length", "heads", "head_dim")
   assert sharding.RULES.spec(names, (8, 5, 8, 3), sizes) == P(
     ("data", "fsdp"), None, "tensor", None
   )
   assert sharding.RULES.spec(names, (6, 5, 6, 3), sizes) == P(
-    None, None, None, None
+    "data", None, None, None
   )
+  assert sharding.RULES.spec(("image",), (32,), sizes) == P(
+    ("data", "fsdp", "tensor")
+  )
+  assert sharding.RULES.spec(("image",), (12,), sizes) == P(("data", "fsdp"))
+  assert sharding.RULES.spec(("image",), (3,), sizes) == P(None)
   one = mesh()
   assert sharding.RULES.spec(names, (8, 5, 8, 3), one) == P(*(None,) * 4)
 
@@ -105,8 +110,7 @@ def test_an_activation_that_cannot_be_split_is_logged_once(caplog):
   assert [record.getMessage() for record in caplog.records] == [
     "not sharded over tensor=2 (residual 5): "
     "[batch, residual, embed] (4, 5, 8)",
-    "not sharded over data=2 x fsdp=2 (batch 6): "
-    "[batch, residual, embed] (6, 2, 8)",
+    "not sharded over fsdp=2 (batch 6): [batch, residual, embed] (6, 2, 8)",
   ]
 
 

@@ -255,9 +255,9 @@ def _choose(residual, table, gain, mask):
 
 
 def _rows(table, codes):
-  """Looks codes int32[B, ...] up, where the batch is."""
+  """Looks codes int32[B, ...] up, where the images are."""
   rows = sharding.replicate(table)[codes]
-  return sharding.constrain(rows, "batch", *(None,) * (rows.ndim - 1))
+  return sharding.constrain(rows, "image", *(None,) * (rows.ndim - 1))
 
 
 def _region(x, d: int, kind: str):

@@ -8,7 +8,8 @@ name (`PARAMETERS`), activations where the models call `constrain`.
   fsdp       the batch, and every parameter and its optimizer state along one
              more axis (ZeRO-3, arXiv 1910.02054)
   tensor     heads, the MLP's width, vocabulary and codes (Megatron-LM, arXiv
-             1909.08053), and between layers the length (arXiv 2205.05198)
+             1909.08053), between layers the length (arXiv 2205.05198), and the
+             images of the tokenizer's step
 
 What could not be split is logged, never silent. There are no pipelines of
 layers, and one mesh spans all devices of all processes.
@@ -57,7 +58,8 @@ class Rules:
       mesh: Mesh, or abstract mesh.
 
     Returns:
-      What splits it; an axis that does not divide stays whole.
+      What splits it; a size that does not divide by all axes of its rule is
+      split over the first ones by which it does.
 
     Raises:
       ValueError: If a name is unknown, or two axes claim one mesh axis.
@@ -71,8 +73,9 @@ class Rules:
       chosen = tuple(
         axis for axis in self.axes.get(name, ()) if axis in mesh.axis_names
       )
-      shards = math.prod(mesh.shape[axis] for axis in chosen)
-      entries.append(chosen if size % shards == 0 and shards > 1 else ())
+      while size % (shards := math.prod(map(mesh.shape.get, chosen))):
+        chosen = chosen[:-1]
+      entries.append(chosen if shards > 1 else ())
     used = [axis for entry in entries for axis in entry]
     if len(used) > len(set(used)):
       raise ValueError(
@@ -86,6 +89,8 @@ class Rules:
 RULES = Rules(
   {
     "batch": BATCH_AXES,
+    # Of the tokenizer, whose layers have nothing else to split.
+    "image": AXES,
     # Of what attention sees, and of the residual stream between layers.
     "length": (),
     "residual": ("tensor",),
@@ -180,7 +185,7 @@ def active_mesh():
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Says how an activation is split over the mesh that is set, if one is.
 
-  What cannot be split as its rule says is whole on every device, and logged.
+  What cannot be split as its rule says is logged.
 
   Args:
     x: The activation.
@@ -202,7 +207,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 @functools.cache
 def _log_activation(unsplit: str, names, shape: tuple[int, ...]) -> None:
-  """Logs, once however often it is traced, what is whole on every device."""
+  """Logs, once however often it is traced, what is not split."""
   axes = ", ".join(map(str, names))
   logging.warning("not sharded over %s: [%s] %s", unsplit, axes, shape)
 
@@ -466,7 +471,7 @@ def _not_split(names, shape, entries, mesh) -> str | None:
   """Names the first rule that could not be followed, None if all were."""
   for name, size, entry in zip(names, shape, entries):
     wanted = [a for a in RULES.axes.get(name, ()) if mesh.shape.get(a, 1) > 1]
-    if entry is None and wanted:
-      axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in wanted)
+    if left := [axis for axis in wanted if axis not in jax.tree.leaves(entry)]:
+      axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in left)
       return f"{axes} ({name} {size})"
   return None

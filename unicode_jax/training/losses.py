@@ -84,11 +84,12 @@ def _on_mesh(chunk, hidden, kernel, labels, mask, with_gradient):
   spec = functools.partial(sharding.RULES.spec, mesh=mesh)
   rows = spec(("batch", None), labels.shape)
   columns = spec((None, "vocab"), kernel.shape)
+  batch_axes = tuple(jax.tree.leaves(rows[0]))
   # Of the head's gradient each device keeps its share, as of parameters.
   E, fsdp = kernel.shape[0], mesh.shape.get("fsdp", 1)
-  scattered = "fsdp" if rows[0] and E % fsdp == 0 else None
+  scattered = "fsdp" if "fsdp" in batch_axes and E % fsdp == 0 else None
   scan = functools.partial(
-    scan, batch_axes=rows[0] or (), vocab_axis=columns[1], scattered=scattered
+    scan, batch_axes=batch_axes, vocab_axis=columns[1], scattered=scattered
   )
   gradients = (rows, PartitionSpec(scattered, columns[1]))
   return jax.shard_map(
@@ -181,7 +182,7 @@ def _scan_chunks(
   loss = lax.psum(loss, batch_axes) if batch_axes else loss
   if with_gradient:
     d_hidden = join(d_hidden)
-    for axis in (batch_axes,) if isinstance(batch_axes, str) else batch_axes:
+    for axis in batch_axes:
       if axis == scattered:
         d_kernel = lax.psum_scatter(d_kernel, axis, tiled=True)
       else:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from unicode_jax import codebook as codebook_lib
+from unicode_jax import codebook as codebook_lib, sharding
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
 from unicode_jax.training import (
   accumulation,
@@ -133,7 +133,7 @@ def make_tokenizer_step(
     return (total, reconstruction), (terms, output, z)
 
   def step(state: state_lib.TrainState, batch, perceptual_weights):
-    image = batch["image"]
+    image = sharding.constrain(batch["image"], "image", None, None, None)
     variables = state.variables
     groups = {name: variables.params[name] for name in trained}
     (loss, reconstruction), pullback, (terms, output, z) = jax.vjp(
