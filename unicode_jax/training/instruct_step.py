@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from unicode_jax import sharding
 from unicode_jax.models import llama as llama_lib, unicode as unicode_lib
 from unicode_jax.training import (
   accumulation,
@@ -48,10 +49,10 @@ def batch_codes(
   """
   if "codes" in batch:
     return batch["codes"].reshape(batch["codes"].shape[0], -1)
-  images = batch["images"]
-  B, M, *shape = images.shape
-  codes = model.encode(variables, to_float(images.reshape(B * M, *shape))).codes
-  return codes.reshape(B, -1)
+  B, M, *shape = batch["images"].shape
+  images = to_float(batch["images"].reshape(B * M, *shape))
+  images = sharding.constrain(images, "image", None, None, None)
+  return model.encode(variables, images).codes.reshape(B, -1)
 
 
 def _fill(ids, codes, first_slot):
