@@ -124,7 +124,8 @@ def tables(out: pathlib.Path, stages: list[str]) -> list[str]:
     for name, values in SLICES.items()
     if values
   )
-  lines += [".", ""]
+  lines[-1] += "."
+  lines += [""]
   for name in SHOWN:
     for stage in stages:
       lines += [f"## {CONFIGS[stage]} on {name}", "", "```"]
