@@ -195,6 +195,30 @@ def test_ratios_are_geometric(parts):
   assert table.points("base") == pytest.approx(values["base"])
 
 
+def test_the_kept_results_have_what_the_page_shows(parts):
+  metrics = (
+    *parts.page.READING,
+    *parts.page.DRAWING,
+    *parts.page.LANGUAGE,
+    *parts.page.STAGE_ONE,
+  )
+  files = sorted(parts.collect.RESULTS.glob("*_[0-9].json"))
+  assert parts.collect.RESULTS / "base_4.json" in files
+  for path in files:
+    result = json.loads(path.read_text())
+    row = parts.grid.ROWS[result["row"]]
+    assert path.name == f"{result['row']}_{result['seed']}.json"
+    names = {metric.name for metric in metrics}
+    if row.links[-1].config()["instruct.vision"] == "projector":
+      cannot = ("pope/", "judged/", "drawn/", "decompression")
+      names = {name for name in names if not name.startswith(cannot)}
+    assert names <= result["metrics"].keys(), path
+    assert np.isfinite(list(result["metrics"].values())).all(), path
+    links = {link.name for link in row.links}
+    assert result["seconds"].keys() == {*links, "evaluation"}
+    assert all(s["done"] for s in result["seconds"].values())
+
+
 def test_one_seed_has_no_interval_and_none_no_value(parts):
   results = made_up({"base": [0.5], "frozen": []})
   table = parts.page.Table(results, parts.page.Metric("m", "m"))

@@ -490,6 +490,14 @@ def main() -> None:
     }
     for row in grid.ROWS
   }
+  stale = [
+    path.name
+    for path in sorted(args.results.glob("*_[0-9]*.json"))
+    if (name := path.stem.rpartition("_")[0]) not in results
+    or int(path.stem.rpartition("_")[2]) not in results[name]
+  ]
+  if stale:
+    print(f"made with other values than the grid's now: {', '.join(stale)}")
   if not any(results.values()):
     parser.error(f"{args.results} has no result of this grid: see run.py")
   above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
