@@ -102,6 +102,7 @@ def test_what_cannot_be_split_is_logged(caplog):
 
 
 def test_an_activation_that_cannot_be_split_is_logged_once(caplog):
+  sharding._log_activation.cache_clear()
   with jax.sharding.use_abstract_mesh(mesh(data=2, fsdp=2, tensor=2)):
     for shape in [(4, 5, 8), (4, 5, 8), (6, 2, 8), (1, 1, 8)]:
       jax.make_jaxpr(
@@ -112,6 +113,13 @@ def test_an_activation_that_cannot_be_split_is_logged_once(caplog):
     "[batch, residual, embed] (4, 5, 8)",
     "not sharded over fsdp=2 (batch 6): [batch, residual, embed] (6, 2, 8)",
   ]
+  caplog.clear()
+  # Attention with one head of keys.
+  with jax.sharding.use_abstract_mesh(mesh(data=2, fsdp=2, tensor=2)):
+    jax.make_jaxpr(lambda x: sharding.constrain(x, "batch", None, "kv_heads"))(
+      jnp.zeros((4, 5, 1))
+    )
+  assert "not sharded over tensor=2 (kv_heads 1)" in caplog.text
 
 
 def test_a_layer_of_a_stack_has_the_stack_s_places():

@@ -3,8 +3,8 @@
 Flags are parsed, libraries kept quiet, and errors that a user can mend are said
 in one line. Exit statuses: 0; 2 for a flag, config or file that cannot be used;
 3 for a run that should not go on (collapse, divergence); 74 where a disk is
-full or fails; 75 for SIGTERM, or a folder in use, after which the same command
-may be started again; 130 for Ctrl-C.
+full or fails; 75 for SIGTERM, a folder in use, or processes of the run that do
+not come, after which the same command may be started again; 130 for Ctrl-C.
 """
 
 from collections.abc import Callable
@@ -193,7 +193,8 @@ def leave_at_once() -> None:
 
 def end(status: int, message: str) -> None:
   """Ends this process; at once after `leave_at_once`, from whatever thread."""
-  print(message, file=sys.stderr, flush=True)
+  with contextlib.suppress(BrokenPipeError):
+    print(message, file=sys.stderr, flush=True)
   if _at_once:
     with contextlib.suppress(BrokenPipeError):
       sys.stdout.flush()

@@ -25,7 +25,7 @@ import pathlib
 
 from absl import flags
 
-from unicode_jax import command, config as config_lib, processes
+from unicode_jax import command, config as config_lib, interruption, processes
 from unicode_jax.stages import run_folder
 
 _CONFIG = flags.DEFINE_string(
@@ -147,6 +147,12 @@ def _start_devices(platform: str | None, distributed: bool) -> None:
     jax.devices()
   except RuntimeError as error:
     reason = str(error).splitlines()[0]
+    if "topologies" in reason:  # All processes tell each other what they have.
+      command.end(
+        interruption.PREEMPTED_STATUS,
+        "error: a process of the run does not say which devices it has "
+        f"({reason}): see what it says, and start all of them again",
+      )
     raise config_lib.ConfigError(
       f"platform={platform!r} cannot be used here ({reason}): install JAX for "
       'it (pip install -e ".[tpu]" or ".[cuda]"), or leave config.platform '

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 import contextlib
 import os
 import re
+import select
+import signal
+import socket
 import threading
 import time
 
@@ -18,8 +21,9 @@ _PATIENCE = 300
 def join() -> None:
   """Makes this process one of several; from here on, errors end it at once.
 
-  Where the others do not come in time the process ends, with the status of what
-  may be started again.
+  Where the others do not come in time, or a signal comes first, the process
+  ends; with the status of what may be started again. Only the main thread may
+  call this.
 
   Raises:
     ConfigError: If the environment does not say which process this is.
@@ -42,27 +46,48 @@ def join() -> None:
 
 @contextlib.contextmanager
 def _not_for_ever() -> Iterator[None]:
-  """Says what the block waits for, and ends the process if that is in vain."""
+  """Says what the block waits for, and ends the process if that is in vain.
+
+  Nothing else can: the block waits in C++, where Python runs no handlers.
+  """
   where = os.environ.get("JAX_COORDINATOR_ADDRESS", "process 0")
-  joined = threading.Event()
+  # Gets the number of every signal; its end says that the block has ended.
+  reader, writer = socket.socketpair()
+  writer.setblocking(False)
 
   def watch():
     until = time.monotonic() + _PATIENCE
-    while not joined.wait(min(_SILENCE, until - time.monotonic())):
-      if time.monotonic() >= until:
+    while (left := until - time.monotonic()) > 0:
+      if not select.select([reader], [], [], min(_SILENCE, left))[0]:
+        if left > _SILENCE:
+          with contextlib.suppress(OSError):  # Nobody may read it any more.
+            print(f"waiting for the other processes, at {where}", flush=True)
+        continue
+      if not (received := reader.recv(1)):
+        return
+      if received[0] in (signal.SIGINT, signal.SIGTERM):
         command.end(
-          interruption.PREEMPTED_STATUS,
-          f"error: after {_PATIENCE} s not all processes have met at {where}: "
-          "see that as many run as were announced, and that all of them reach "
-          "process 0 by this name",
+          interruption.status(received[0]),
+          f"stopped by {signal.Signals(received[0]).name}: the other processes "
+          "had not come",
         )
-      print(f"waiting for the other processes, at {where}", flush=True)
+    command.end(
+      interruption.PREEMPTED_STATUS,
+      f"error: after {_PATIENCE} s not all processes have met at {where}: see "
+      "that as many run as were announced, and that all of them reach process "
+      "0 by this name",
+    )
 
-  threading.Thread(target=watch, daemon=True).start()
+  thread = threading.Thread(target=watch, daemon=True)
+  before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+  thread.start()
   try:
     yield
   finally:
-    joined.set()
+    signal.set_wakeup_fd(before)
+    writer.close()
+    thread.join()
+    reader.close()
 
 
 def _place() -> dict[str, int]:

@@ -29,6 +29,7 @@ import numpy as np
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 CODE_AXIS = "tensor"
+_SINGLE = ("batch", "image", "length", "residual")
 # Smaller arrays stay whole: splitting them costs more in latency than it saves
 # in memory.
 MIN_SHARDED_SIZE = 2**18
@@ -185,7 +186,7 @@ def active_mesh():
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """Says how an activation is split over the mesh that is set, if one is.
 
-  What cannot be split as its rule says is logged.
+  The first axis that cannot be split as its rule says is logged.
 
   Args:
     x: The activation.
@@ -199,7 +200,9 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   spec = RULES.spec(names, x.shape, mesh)
   # A single position, or example, is not there to be split.
-  several = tuple(n if s > 1 else None for n, s in zip(names, x.shape))
+  several = tuple(
+    None if s == 1 and n in _SINGLE else n for n, s in zip(names, x.shape)
+  )
   if (unsplit := _not_split(several, x.shape, spec, mesh)) is not None:
     _log_activation(unsplit, names, x.shape)
   return jax.lax.with_sharding_constraint(x, spec)

@@ -1,6 +1,7 @@
 """Processes that were given different things end, and leave nothing."""
 
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,27 @@ import pytest
 from unicode_jax import files
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "pretrain.py:debug"
+COMMAND = (f"--config={CONFIG}", "--config.distributed=True")
+# Joins, outlives the time that the others have to come, and perhaps fails.
+FAILING = """
+import sys, time
+import jax
+from unicode_jax import command, config, processes
+from unicode_jax.stages import agreement
+
+processes._PATIENCE = 20
+
+def main():
+  processes.join()
+  time.sleep(max(0, 21 + began - time.monotonic()))
+  with agreement.together():
+    if jax.process_index() == 1 and error:
+      raise eval(error)
+
+(error,), sys.argv[1:] = sys.argv[1:], []
+began = time.monotonic()
+command.run(main, "nothing is left")
+"""
 
 
 def _free_port() -> int:
@@ -30,23 +52,21 @@ def _place(address: str, number: int) -> dict[str, str]:
 
 @pytest.fixture
 def start(host_devices):
-  """Returns a function: starts the command twice, with flags of each.
+  """Returns a function: starts a command twice, with flags of each.
 
   It returns both exit statuses, and what both say. `folders` are where they
-  start.
+  start, `devices` how many they have, and `code` is what they run in place of
+  training.
   """
 
-  def run(*flags, folders=(None, None)):
+  def run(*flags, folders=(None, None), devices=(1, 1), code=None):
+    what = ["-c", code] if code else ["-m", "unicode_jax.main", *COMMAND]
     address = f"127.0.0.1:{_free_port()}"
     running = [
       subprocess.Popen(
-        [
-          *(sys.executable, "-m", "unicode_jax.main"),
-          *(f"--config={CONFIG}", "--config.distributed=True"),
-          *of,
-        ],
+        [sys.executable, *what, *of],
         cwd=folders[number],
-        env=host_devices(1) | _place(address, number),
+        env=host_devices(devices[number]) | _place(address, number),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -87,13 +107,44 @@ def test_other_folders(start, tmp_path):
 
 
 def test_one_refuses(start, tmp_path):
-  """What process 0 alone can see: the folder is in use, or of another run."""
+  """What process 0 alone can see: the folder is in use."""
   workdir = f"--workdir={tmp_path / 'run'}"
   with files.held(tmp_path / "run"):
     codes, texts = start([workdir], [workdir])
   assert codes == [75, 75], texts
   assert f"{tmp_path / 'run'} is in use by process" in texts[0]
-  assert f"process 0 ends: {tmp_path / 'run'} is in use by" in texts[1]
+  said = f"process 0 of the run ends: {tmp_path / 'run'} is in use by"
+  assert said in texts[1]
+
+
+@pytest.mark.parametrize(
+  "error,status,said",
+  [
+    ("", 0, ""),
+    ("OSError(5, 'Input/output error', 'some')", 74, "Input/output error"),
+    ("FileNotFoundError(2, 'No such file', 'some')", 2, "No such file: 'some'"),
+    ("config.RunError('no memory')", 3, "stopped: {}no memory"),
+    ("ValueError('a mistake')", 1, "ValueError: a mistake"),
+  ],
+)
+def test_all_end_as_one_does(start, error, status, said):
+  codes, texts = start([error], [error], code=FAILING)
+  assert codes == [status, status], texts
+  who = "process 1 of the run ends: "
+  assert said.format(who) in texts[0] and said.format("") in texts[1]
+  assert (who in texts[0]) == bool(error)
+  assert who not in texts[1]
+
+
+def test_a_host_with_fewer_devices(start, tmp_path):
+  """As where a chip is broken."""
+  flags = [f"--workdir={tmp_path / 'run'}"]
+  codes, texts = start(flags, flags, devices=(2, 1))
+  assert codes == [2, 2], texts
+  for text in texts:
+    assert "processes 0 to 1 have 2, 1 devices" in text
+    assert "Traceback" not in text
+  assert not (tmp_path / "run").exists()
 
 
 def test_data_that_one_host_lacks(start, tmp_path):
@@ -112,7 +163,7 @@ def test_data_that_one_host_lacks(start, tmp_path):
   codes, texts = start(flags, flags, folders=[here, there])
   assert codes == [2, 2], texts
   assert "no image in images" in texts[1]
-  assert "process 1 ends: no image in images" in texts[0]
+  assert "process 1 of the run ends: no image in images" in texts[0]
   assert not (tmp_path / "run").exists()
 
 
@@ -137,6 +188,30 @@ def test_who_is_alone_says_so(host_devices, number):
   said = f"waiting for the other processes, at {address}\n"
   assert done.stdout == said * 2
   assert f"after 4 s not all processes have met at {address}" in done.stderr
+
+
+@pytest.mark.parametrize(
+  "number,status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)]
+)
+def test_a_signal_ends_who_waits(host_devices, tmp_path, number, status):
+  process = subprocess.Popen(
+    [
+      *(sys.executable, "-m", "unicode_jax.main", *COMMAND),
+      f"--workdir={tmp_path / 'run'}",
+    ],
+    env=host_devices(1) | _place(f"127.0.0.1:{_free_port()}", 0),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert process.stdout.readline().startswith("waiting for the other")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=20)
+  finally:
+    process.kill()
+  assert process.returncode == status
+  assert f"stopped by {number.name}: the other processes had not come" in said
 
 
 @pytest.mark.parametrize(

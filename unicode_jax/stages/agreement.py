@@ -5,6 +5,7 @@ sees. Who ends alone is missed by the others after a minute, with a trace of JAX
 that does not say why.
 """
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import json
@@ -21,33 +22,88 @@ from unicode_jax import config as config_lib, files
 _MARKER = ".seen-by-all"
 # A file on a mounted bucket is seen by other hosts some seconds later.
 _PATIENCE = 30.0
+# JAX ends the other processes when process 0 is gone, before they say why.
+_GRACE = 2.0
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Ends all processes where one of them refuses what is in the block.
+  """Ends all processes where one of them fails in the block.
 
   Every process has to run the block, and to do nothing in it that waits for
   another one.
 
   Raises:
-    ConfigError, InUseError, OSError: As the block does in this process.
-    ConfigError, InUseError: If it does in another one; names the process.
+    Exception: As the block does in this process, or else of the same kind as it
+      does in another one, which is named; RuntimeError for kinds that have no
+      status of their own.
   """
-  refused = None
+  failed = None
   try:
     yield
-  except (config_lib.ConfigError, files.InUseError, OSError) as error:
-    refused = error
+  except Exception as error:
+    failed = error
   if jax.process_count() > 1:
-    said = None if refused is None else str(refused)
-    ends = _gather([said, isinstance(refused, files.InUseError)])
-    for number, (said, in_use) in enumerate(ends):
-      if said is not None and refused is None:
-        kind = files.InUseError if in_use else config_lib.ConfigError
-        raise kind(f"process {number} ends: {said}")
-  if refused is not None:
-    raise refused
+    for number, told in enumerate(_gather(_told(failed))):
+      if told is not None and failed is None:
+        failed = _of_another(number, *told)
+  if failed is not None:
+    _end(failed)
+
+
+# What `command` has a status of its own for.
+_KINDS = {
+  kind.__name__: kind
+  for kind in (config_lib.ConfigError, config_lib.RunError, files.InUseError)
+}
+
+
+def _told(error: Exception | None) -> list | None:
+  """Returns what other processes are told: kind, text, number and file."""
+  if error is None:
+    return None
+  if isinstance(error, OSError) and error.errno is not None:
+    file = None if error.filename is None else str(error.filename)
+    return ["OSError", error.strerror, error.errno, file]
+  for name, kind in _KINDS.items():
+    if isinstance(error, kind):
+      return [name, str(error), None, None]
+  return ["", f"{type(error).__name__}: {error}", None, None]
+
+
+def _of_another(rank: int, kind: str, text: str, number, file) -> Exception:
+  """Returns what ends this process where `_told` comes from another one."""
+  text = f"process {rank} of the run ends: {text}"
+  if kind == "OSError":
+    return OSError(number, text, file)
+  return _KINDS.get(kind, RuntimeError)(text)
+
+
+def _end(error: Exception) -> None:
+  """Raises what all processes raise; process 0 when the others have ended."""
+  if jax.process_count() > 1 and jax.process_index() == 0:
+    time.sleep(_GRACE)
+  raise error
+
+
+def check_devices() -> None:
+  """Checks that all processes have as many devices; all of them see the same.
+
+  Before anything is exchanged, which would fail.
+
+  Raises:
+    ConfigError: If they have not, in every process.
+  """
+  counts = collections.Counter(d.process_index for d in jax.devices())
+  if len({*counts.values()}) > 1:
+    numbers = ", ".join(str(counts[rank]) for rank in sorted(counts))
+    _end(
+      config_lib.ConfigError(
+        f"processes 0 to {len(counts) - 1} have {numbers} devices: a mesh "
+        "needs as many of each; see why some are missing, or leave those hosts "
+        "out"
+      )
+    )
 
 
 def check(config, workdir: pathlib.Path) -> None:
@@ -86,23 +142,27 @@ def check(config, workdir: pathlib.Path) -> None:
       if ours != theirs
     ]
     if differing:
-      raise config_lib.ConfigError(
-        f"processes 0 and {number} were given different configs "
-        f"({'; '.join(differing)}): start all of them by the same command"
+      _end(
+        config_lib.ConfigError(
+          f"processes 0 and {number} were given different configs "
+          f"({'; '.join(differing)}): start all of them by the same command"
+        )
       )
   marker = workdir / _MARKER
-  if jax.process_index() == 0:
-    files.write_whole(marker, first["token"])
-  _gather(None)  # It is written.
+  with together():  # It is written once all have left this block.
+    if jax.process_index() == 0:
+      files.write_whole(marker, first["token"])
   seen = _gather(_sees(marker, first["token"]))
   if jax.process_index() == 0:
     marker.unlink()
   if not all(seen):
     number = seen.index(False)
-    raise config_lib.ConfigError(
-      f"process {number} does not see what process 0 writes: --workdir is "
-      f"{given[number]['workdir']} there and {first['workdir']} here; give all "
-      "processes one folder that every host has, such as a mounted bucket"
+    _end(
+      config_lib.ConfigError(
+        f"process {number} does not see what process 0 writes: --workdir is "
+        f"{given[number]['workdir']} there and {first['workdir']} here; give "
+        "all processes one folder that every host has, such as a mounted bucket"
+      )
     )
 
 

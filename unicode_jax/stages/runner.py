@@ -89,6 +89,7 @@ def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
     InUseError: If another run trains into the folder.
   """
   is_main = jax.process_index() == 0
+  agreement.check_devices()
   with contextlib.ExitStack() as stack:
     with agreement.together():
       config_lib.check_devices(config, jax.device_count(), jax.process_count())
