@@ -73,7 +73,8 @@ def test_work_is_counted_in_scans_branches_and_again():
 
   # Two products forward, again for the backward pass but for the last, and
   # four products of gradients.
-  assert flops(jax.grad(loss, argnums=(0, 1)), x, w) in (7 * one, 8 * one)
+  both = jax.value_and_grad(loss, argnums=(0, 1))
+  assert flops(both, x, w) in (7 * one, 8 * one)
 
   def branch(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
@@ -88,6 +89,15 @@ def test_work_is_counted_in_scans_branches_and_again():
   assert flops(convolved, (2, 6, 6, 3), (3, 3, 3, 5)) == (
     2 * (2 * 6 * 6 * 5) * 3 * 3 * 3
   )
+
+
+def test_work_whose_result_goes_nowhere_is_not_counted():
+  def last_gradient(x, first, last):
+    y, pullback = jax.vjp(lambda a, b: (x @ a) @ b, first, last)
+    return pullback(y)[1]
+
+  one = 2 * 4 * 8 * 8
+  assert flops(last_gradient, (4, 8), (8, 8), (8, 8)) == 3 * one
 
 
 TEXT = """HloModule jit_step, is_scheduled=true

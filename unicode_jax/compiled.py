@@ -231,11 +231,12 @@ def matmul_flops(jaxpr, num_devices: int = 1) -> float:
     num_devices: That share what is inside of a `jax.shard_map`.
 
   Returns:
-    FLOP of all devices together, what is computed again included. A kernel
-    counts as it says itself, if it does; a loop of unknown length once.
+    FLOP of all devices together, what is computed again included, but nothing
+    that goes nowhere. A kernel counts as it says itself, if it does; a loop of
+    unknown length once.
   """
   total = 0.0
-  for equation in jaxpr.jaxpr.eqns if hasattr(jaxpr, "jaxpr") else jaxpr.eqns:
+  for equation in _used(getattr(jaxpr, "jaxpr", jaxpr)):
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
       (contracted, _), _ = params["dimension_numbers"]
@@ -256,6 +257,16 @@ def matmul_flops(jaxpr, num_devices: int = 1) -> float:
       inside = max(branches, default=0.0) if name == "cond" else sum(branches)
       total += (times.get(name) or 1) * inside
   return total
+
+
+def _used(program) -> list:
+  """Returns the equations of which a result is used: compilers drop others."""
+  wanted, equations = {id(v) for v in program.outvars}, []
+  for equation in reversed(program.eqns):
+    if equation.effects or wanted & {id(v) for v in equation.outvars}:
+      equations.append(equation)
+      wanted.update(id(v) for v in equation.invars)
+  return equations
 
 
 def _inside(params) -> Iterator:

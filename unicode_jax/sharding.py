@@ -257,6 +257,29 @@ def constrain_parameters(params, num_stacked: int = 0):
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def whole_parameters(params):
+  """Says that parameters are put together before they are used.
+
+  Their gradients stay split. Otherwise the compiler may compute convolutions in
+  as many pieces as the kernels lie in, each of few channels ("collective
+  matmul", Wang et al., ASPLOS 2023), which leave most of a matrix unit empty.
+
+  Args:
+    params: Tree of arrays that no rule of `PARAMETERS` is for.
+
+  Returns:
+    The same tree.
+  """
+  if active_mesh() is None:
+    return params
+  whole = jax.custom_vjp(replicate)
+  whole.defvjp(
+    lambda params: (replicate(params), None),
+    lambda _, grads: (constrain_parameters(grads),),
+  )
+  return whole(params)
+
+
 def replicate(tree):
   """Says that results are whole on every device: each process can read them."""
   if active_mesh() is None:

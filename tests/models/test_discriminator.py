@@ -33,35 +33,6 @@ def test_has_no_state_and_scores_pictures_independently():
   )
 
 
-def test_first_layer_is_a_strided_convolution():
-  torch = pytest.importorskip("torch")
-  image = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
-  kernel = np.random.default_rng(0).normal(size=(4, 4, 3, 5))
-  kernel = kernel.astype(np.float32)
-  expected = torch.nn.functional.conv2d(
-    torch.tensor(np.asarray(image).transpose(0, 3, 1, 2)),
-    torch.tensor(kernel.transpose(3, 2, 0, 1)),
-    stride=2,
-    padding=1,
-  )
-  # What `Discriminator` computes: pad, fold 2x2 squares, convolve 2x2.
-  folded = discriminator.conv.space_to_depth(
-    jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0))), 2
-  )
-  ours = jax.lax.conv_general_dilated(
-    folded,
-    kernel.reshape(2, 2, 2, 2, 3, 5)
-    .transpose(0, 2, 1, 3, 4, 5)
-    .reshape(2, 2, 12, 5),
-    (1, 1),
-    "VALID",
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-  )
-  np.testing.assert_allclose(
-    ours, expected.numpy().transpose(0, 2, 3, 1), atol=1e-5
-  )
-
-
 def test_gradient_reaches_the_picture():
   model, variables, image = _init(num_layers=2)
   grad = jax.grad(

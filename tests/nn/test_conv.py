@@ -37,6 +37,29 @@ def test_downsample_is_a_strided_convolution():
   np.testing.assert_allclose(layer.apply(params, x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_halving_is_a_strided_convolution_everywhere(platform, monkeypatch):
+  torch = pytest.importorskip("torch")
+  monkeypatch.setattr(conv.sharding, "platform", lambda: platform)
+  x, bias = _normal(2, 8, 12, 3), _normal(5)
+  kernel = _normal(4, 4, 3, 5)
+  expected = torch.nn.functional.conv2d(
+    torch.tensor(x.transpose(0, 3, 1, 2)),
+    torch.tensor(kernel.transpose(3, 2, 0, 1)),
+    torch.tensor(bias),
+    stride=2,
+    padding=1,
+  )
+  params = {"kernel": kernel, "bias": bias}
+  traced = jax.jit(conv.HalvingConv(5).apply).trace({"params": params}, x)
+  assert ("window_strides=(2, 2)" in str(traced.jaxpr)) == (platform == "tpu")
+  np.testing.assert_allclose(
+    conv.HalvingConv(5).apply({"params": params}, x),
+    expected.numpy().transpose(0, 2, 3, 1),
+    atol=1e-5,
+  )
+
+
 def test_upsample_doubles_the_grid():
   x = _normal(2, 4, 6, 8)
   y, _ = conv.Upsample(5).init_with_output(jax.random.key(0), x)

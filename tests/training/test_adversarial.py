@@ -53,16 +53,22 @@ def test_the_term_is_balanced_at_the_last_layer(critic):
   params = critic.init(jax.random.key(0))
   _, image = pictures(jax.random.key(1))
   kernel = jnp.ones((1, 1, 3, 3))
-  grads = {"decoder": {"head": {"proj": {"kernel": 7.0 * kernel}}}}
+  direction = 100.0 * jax.random.normal(jax.random.key(2), image.shape)
 
-  def pullback(cotangent):
-    direction = kernel.at[0, 0, 0, 0].set(jnp.sum(jnp.abs(cotangent)))
-    return {"decoder": {"head": {"proj": {"kernel": direction}}}}
+  def pullback(loss, cotangent):
+    """That of (7 sum(kernel) loss, direction . kernel[0, 0, 0, 0])."""
+    given = (
+      jnp.zeros_like(kernel).at[0, 0, 0, 0].set(jnp.sum(direction * cotangent))
+    )
+    return {
+      "decoder": {"head": {"proj": {"kernel": 7.0 * kernel * loss + given}}}
+    }
 
   def added(step):
-    total, metrics = critic.add_to_gradient(
-      params, grads, pullback, image, jnp.int32(step)
+    cotangent, metrics = critic.cotangent(
+      params, pullback, image, jnp.int32(step)
     )
+    total = pullback(1.0, cotangent)
     difference = tokenizer.last_layer(total["decoder"]) - 7.0 * kernel
     return np.linalg.norm(difference), float(metrics["adversarial_weight"])
 
@@ -71,3 +77,47 @@ def test_the_term_is_balanced_at_the_last_layer(critic):
   assert weight > 0
   # The adaptive weight gives the term `weight` times the others' norm.
   np.testing.assert_allclose(norm, 0.5 * 7.0 * 3.0, rtol=1e-3)
+
+
+def test_one_backward_pass_is_the_gradient_of_both_losses(critic):
+  config = tokenizer.TokenizerConfig(
+    image_size=16,
+    code_dim=4,
+    channels=8,
+    channel_multipliers=(1, 1),
+    num_res_blocks=1,
+    stem_patch=4,
+  )
+  decoder = tokenizer.Decoder(config)
+  features = jax.random.normal(jax.random.key(3), (4, 2, 2, 4))
+  decoder_params = decoder.init(jax.random.key(4), features)["params"]
+  real, _ = pictures(jax.random.key(1))
+  params = critic.init(jax.random.key(0))
+
+  def decode(decoder_params):
+    return decoder.apply({"params": decoder_params}, features)
+
+  def reconstruct(decoder_params):
+    image = decode(decoder_params)
+    return (jnp.mean(jnp.abs(image - real[:4])), image), image
+
+  _, pullback, image = jax.vjp(reconstruct, decoder_params, has_aux=True)
+
+  def grads(*cotangents):
+    return {"decoder": pullback(cotangents)[0]}
+
+  cotangent, metrics = critic.cotangent(params, grads, image, jnp.int32(10))
+  weight = metrics["adversarial_weight"]
+  assert weight > 0
+
+  def total(decoder_params):
+    (loss, image), _ = reconstruct(decoder_params)
+    score = critic.module.apply({"params": params}, image)
+    return loss - weight * jnp.mean(score)
+
+  chex.assert_trees_all_close(
+    grads(jnp.ones(()), cotangent)["decoder"],
+    jax.grad(total)(decoder_params),
+    rtol=1e-4,
+    atol=1e-6,
+  )

@@ -6,6 +6,8 @@ norm, so that a picture's score depends on no other picture of the batch and the
 critic carries no running statistics.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -52,18 +54,10 @@ class Discriminator(nn.Module):
     for layer in range(self.num_layers + 1):
       features = self.channels * min(2**layer, 8)
       if layer < self.num_layers:
-        # A 4x4 convolution of stride 2 and padding 1, without the stride.
-        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-        x, kernel, padding = conv.space_to_depth(x, 2), (2, 2), "VALID"
+        layer_type = conv.HalvingConv
       else:
-        kernel, padding = (4, 4), "SAME"
-      x = nn.Conv(
-        features,
-        kernel,
-        padding=padding,
-        dtype=self.dtype,
-        name=f"conv{layer}",
-      )(x)
+        layer_type = functools.partial(nn.Conv, kernel_size=(4, 4))
+      x = layer_type(features, dtype=self.dtype, name=f"conv{layer}")(x)
       if layer:
         x = conv.GroupNorm(self.dtype, name=f"norm{layer}")(x)
       x = nn.leaky_relu(x, 0.2)

@@ -12,7 +12,11 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from unicode_jax import codebook as codebook_lib, quantizer as quantizer_lib
+from unicode_jax import (
+  codebook as codebook_lib,
+  quantizer as quantizer_lib,
+  sharding,
+)
 from unicode_jax.models import (
   llama as llama_lib,
   lora as lora_lib,
@@ -179,8 +183,9 @@ class UniCode:
 
   def features(self, variables: Variables, image: jax.Array) -> jax.Array:
     """Maps float32[B, H, W, 3] to features float32[B, h, w, code_dim]."""
+    params = sharding.whole_parameters(variables.params["encoder"])
     return tokenizer_lib.Encoder(self.tokenizer).apply(
-      {"params": variables.params["encoder"]}, image
+      {"params": params}, image
     )
 
   def _projector(self) -> projector_lib.Projector:
@@ -227,8 +232,9 @@ class UniCode:
     self, variables: Variables, quantized: jax.Array
   ) -> jax.Array:
     """Maps quantized features float32[B, h, w, code_dim] to pixels."""
+    params = sharding.whole_parameters(variables.params["decoder"])
     return tokenizer_lib.Decoder(self.tokenizer).apply(
-      {"params": variables.params["decoder"]}, quantized
+      {"params": params}, quantized
     )
 
   def decode(self, variables: Variables, codes: jax.Array) -> jax.Array:

@@ -16,6 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from unicode_jax import sharding
+
 
 def space_to_depth(x: jax.Array, block: int) -> jax.Array:
   """Folds every block x block square of positions into one position.
@@ -37,6 +39,62 @@ def depth_to_space(x: jax.Array, block: int) -> jax.Array:
   B, X, Y, C = x.shape
   x = x.reshape(B, X, Y, block, block, C // block**2).swapaxes(2, 3)
   return x.reshape(B, X * block, Y * block, C // block**2)
+
+
+def halve(x: jax.Array, kernel: jax.Array, *, folded: bool) -> jax.Array:
+  """Convolves 4x4 positions with stride 2 and padding 1.
+
+  Args:
+    x: [B, X, Y, C], X and Y even.
+    kernel: [4, 4, C, E].
+    folded: whether to fold squares of positions, and to convolve 2x2 of them
+      without a stride.
+
+  Returns:
+    [B, X / 2, Y / 2, E].
+  """
+  stride, padding = 2, ((1, 1), (1, 1))
+  if folded:
+    x = space_to_depth(jnp.pad(x, ((0, 0), *padding, (0, 0))), 2)
+    *_, C, E = kernel.shape
+    kernel = kernel.reshape(2, 2, 2, 2, C, E).swapaxes(1, 2)
+    kernel = kernel.reshape(2, 2, 4 * C, E)
+    stride, padding = 1, "VALID"
+  return jax.lax.conv_general_dilated(
+    x,
+    kernel,
+    (stride, stride),
+    padding,
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+class HalvingConv(nn.Module):
+  """A 4x4 convolution of stride 2 and padding 1.
+
+  CPUs, on which XLA convolves slowly with a stride, fold squares of positions
+  into one; TPUs would spend more on that than on the products.
+
+  Attributes:
+    features: channels of the output.
+    dtype: of the computation.
+  """
+
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps x [B, X, Y, C] to [B, X / 2, Y / 2, features]."""
+    kernel = self.param(
+      "kernel",
+      nn.initializers.lecun_normal(),
+      (4, 4, x.shape[-1], self.features),
+    )
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    folded = sharding.platform() == "cpu"
+    x = halve(x.astype(self.dtype), kernel.astype(self.dtype), folded=folded)
+    return x + bias.astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from unicode_jax import sharding
 from unicode_jax.models import (
   discriminator as discriminator_lib,
   tokenizer as tokenizer_lib,
@@ -52,44 +53,47 @@ class Critic:
     return self.module.init(key, image)["params"]
 
   def _score(self, params, image):
+    params = sharding.whole_parameters(params)
     return self.module.apply({"params": params}, image)
 
-  def add_to_gradient(
+  def cotangent(
     self,
     params,
-    grads: dict[str, Any],
     pullback: Callable,
     reconstruction: jax.Array,
     step: jax.Array,
-  ) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-    """Adds the decoder's adversarial term to the other losses' gradient.
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns what the adversarial term adds to pictures' cotangent.
+
+    One backward pass then serves it and the other losses; of the two that
+    balance them the last layer alone is used, and XLA drops the rest.
 
     Args:
       params: The critic's.
-      grads: Gradient of the other losses, with a group "decoder".
-      pullback: float32[B, H, W, 3] -> gradient of the same structure: pulls a
-        cotangent of the reconstruction back to the parameters.
+      pullback: (cotangent of the other losses float32[], cotangent of the
+        reconstruction float32[B, H, W, 3]) -> gradient, with a group "decoder".
       reconstruction: float32[B, H, W, 3].
       step: int32[], step of the run.
 
     Returns:
-      The sum of gradients, and metrics.
+      float32[B, H, W, 3], weight included, and metrics.
     """
     loss, cotangent = jax.value_and_grad(
       lambda image: reconstruction_loss.generator_loss(
         self._score(params, image)
       )
     )(reconstruction)
-    adversarial = pullback(cotangent)
+    others = pullback(jnp.ones(()), jnp.zeros_like(reconstruction))
+    adversarial = pullback(jnp.zeros(()), cotangent)
     balance = reconstruction_loss.adaptive_weight(
-      tokenizer_lib.last_layer(grads["decoder"]),
+      tokenizer_lib.last_layer(others["decoder"]),
       tokenizer_lib.last_layer(adversarial["decoder"]),
     )
     weight = (
       self.weight * balance * reconstruction_loss.disc_gate(step, self.start)
     )
-    total = jax.tree.map(lambda g, a: g + weight * a, grads, adversarial)
-    return total, {"generator_loss": loss, "adversarial_weight": weight}
+    metrics = {"generator_loss": loss, "adversarial_weight": weight}
+    return weight * cotangent, metrics
 
   def update(
     self, params, opt_state, image, reconstruction, step: jax.Array

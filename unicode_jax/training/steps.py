@@ -141,14 +141,13 @@ def make_tokenizer_step(
       groups,
       has_aux=True,
     )
-    (grads,) = pullback((jnp.ones(()), jnp.zeros_like(reconstruction)))
+    cotangent = jnp.zeros_like(reconstruction)
     opt_state = dict(state.opt_state)
     discriminator = state.discriminator
     if critic is not None:
-      grads, generator_terms = critic.add_to_gradient(
+      cotangent, generator_terms = critic.cotangent(
         discriminator,
-        grads,
-        lambda cotangent: pullback((jnp.zeros(()), cotangent))[0],
+        lambda *cotangents: pullback(cotangents)[0],
         reconstruction,
         state.step,
       )
@@ -160,6 +159,7 @@ def make_tokenizer_step(
         state.step,
       )
       terms |= generator_terms | critic_terms
+    (grads,) = pullback((jnp.ones(()), cotangent))
     updates, opt_state[opt_name] = optimizer.update(
       grads, opt_state[opt_name], groups
     )
