@@ -13,7 +13,7 @@ from unicode_jax import files
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "pretrain.py:debug"
 COMMAND = (f"--config={CONFIG}", "--config.distributed=True")
-# Joins, outlives the time that the others have to come, and perhaps fails.
+# Joins, and fails or outlives the time that the others have to come.
 FAILING = """
 import sys, time
 import jax
@@ -24,7 +24,8 @@ processes._PATIENCE = 20
 
 def main():
   processes.join()
-  time.sleep(max(0, 21 + began - time.monotonic()))
+  if not error:
+    time.sleep(max(0, 21 + began - time.monotonic()))
   with agreement.together():
     if jax.process_index() == 1 and error:
       raise eval(error)
@@ -32,6 +33,15 @@ def main():
 (error,), sys.argv[1:] = sys.argv[1:], []
 began = time.monotonic()
 command.run(main, "nothing is left")
+"""
+# The command, with less patience than it has.
+IMPATIENT = """
+import runpy
+from unicode_jax import processes
+from unicode_jax.stages import agreement
+
+agreement._PATIENCE, processes._SILENCE = 3, 1
+runpy.run_module("unicode_jax.main", run_name="__main__")
 """
 
 
@@ -98,7 +108,8 @@ def test_other_configs(start, tmp_path, key):
 def test_other_folders(start, tmp_path):
   """As where each host has a disk of its own."""
   folders = [tmp_path / "a", tmp_path / "b"]
-  codes, texts = start(*([f"--workdir={folder}"] for folder in folders))
+  flags = ([*COMMAND, f"--workdir={folder}"] for folder in folders)
+  codes, texts = start(*flags, code=IMPATIENT)
   assert codes == [2, 2], texts
   for text in texts:
     assert "process 1 does not see what process 0 writes" in text
@@ -196,7 +207,7 @@ def test_who_is_alone_says_so(host_devices, number):
 def test_a_signal_ends_who_waits(host_devices, tmp_path, number, status):
   process = subprocess.Popen(
     [
-      *(sys.executable, "-m", "unicode_jax.main", *COMMAND),
+      *(sys.executable, "-c", IMPATIENT, *COMMAND),
       f"--workdir={tmp_path / 'run'}",
     ],
     env=host_devices(1) | _place(f"127.0.0.1:{_free_port()}", 0),
