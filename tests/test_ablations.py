@@ -219,6 +219,25 @@ def test_the_kept_results_have_what_the_page_shows(parts):
     assert all(s["done"] for s in result["seconds"].values())
 
 
+def test_drawings_of_who_never_learnt_to_draw_are_no_result(parts):
+  metric = parts.page.DRAWING[0]
+  results = {
+    row: {s: {"metrics": {metric.name: 0.1 * s}} for s in range(2)}
+    for row in ("base", "no_drawing", "projector")
+  }
+  table = parts.page.Table(results, metric)
+  assert {row for row, _ in table.values} == {"base"}
+  other = parts.page.Table(results, dataclasses.replace(metric, digits=2))
+  assert {row for row, _ in other.values} == set(results)
+
+
+def test_rows_that_spread_in_their_own_way_show_their_seeds(parts):
+  results = made_up({"base": [0.5, 0.7, 0.6], "frozen": [1.0, 1.0]})
+  table = parts.page.Table(results, parts.page.Metric("m", "m", pooled=False))
+  assert table.cell("base") == "0.6 (0.5 to 0.7)"
+  assert table.cell("frozen") == "1.0"
+
+
 def test_one_seed_has_no_interval_and_none_no_value(parts):
   results = made_up({"base": [0.5], "frozen": []})
   table = parts.page.Table(results, parts.page.Metric("m", "m"))

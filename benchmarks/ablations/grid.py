@@ -129,6 +129,11 @@ class Row:
     """Number of the link that trains the tokenizer."""
     return [link.name for link in self.links].index("stage1")
 
+  @property
+  def draws(self) -> bool:
+    """Whether its last link learns to draw."""
+    return self.links[-1].values["instruct.tasks.text_to_image"] > 0
+
   def key(self, seed: int, count: int | None = None) -> str:
     """Returns a name of what the first `count` links make.
 

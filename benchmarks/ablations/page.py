@@ -36,6 +36,8 @@ class Metric:
     scale: what its values are multiplied by.
     digits: after the point.
     log: whether to compare ratios instead of differences.
+    pooled: whether rows spread alike, so that one deviation is all rows'; else
+      the least and the greatest seed are shown in its place.
   """
 
   title: str
@@ -43,6 +45,7 @@ class Metric:
   scale: float = 1.0
   digits: int = 1
   log: bool = False
+  pooled: bool = True
 
 
 def _percent(title, name):
@@ -83,9 +86,19 @@ STAGE_ONE = (
   ),
   _percent("reconstructed right, %", "judged/reconstructed/both"),
   Metric("text perplexity before stage II", "text/before stage II", log=True),
-  Metric("drift between syncs", "drift between syncs", 1.0, 3),
-  _percent("agreement between syncs, %", "code_agreement between syncs"),
-  _percent("agreement at the end, %", "code_agreement at the end"),
+  Metric("drift between syncs", "drift between syncs", 1.0, 3, pooled=False),
+  Metric(
+    "agreement between syncs, %",
+    "code_agreement between syncs",
+    *(100.0, 0),
+    pooled=False,
+  ),
+  Metric(
+    "agreement at the end, %",
+    "code_agreement at the end",
+    *(100.0, 0),
+    pooled=False,
+  ),
 )
 # Compared with the base row, and plotted.
 COMPARED = (
@@ -161,6 +174,8 @@ class Table:
     """
     self.metric, self.values = metric, {}
     for row, seeds in results.items():
+      if metric in DRAWING and not grid.ROWS[row].draws:
+        continue  # What was never trained.
       for seed, result in seeds.items():
         if metric.name in result["metrics"]:
           value = result["metrics"][metric.name]
@@ -189,6 +204,11 @@ class Table:
     if not (own := self.of(row)):
       return "-"
     mean, digits, half = np.mean(own), self.metric.digits, None
+    if not self.metric.pooled:
+      least, mean, most = (
+        f"{v:.{digits}f}" for v in (min(own), mean, max(own))
+      )
+      return mean if least == most else f"{mean} ({least} to {most})"
     if self._all and self._all.deviation is not None:
       half = self._quantile() * self._all.deviation / np.sqrt(len(own))
     if self.metric.log:
@@ -464,7 +484,7 @@ def page(
   lines += [f"## Drawings, seed {grid.SEEDS[0]}", ""]
   for row in grid.ROWS:
     source = pictures / f"{row}.png"
-    if source.exists() and results[row]:
+    if source.exists() and results[row] and grid.ROWS[row].draws:
       target = beside / f"ablations_drawn_{row}.png"
       shutil.copyfile(source, target)
       lines += [f"{grid.ROWS[row].title}:", ""]
