@@ -5,7 +5,7 @@ r"""Compiles the paper's presets for slices of TPUs, and tables what comes out.
 
 No TPU is needed. Each topology and stage is one run of `unicode_jax.compile` in
 a process of its own: three minutes for stage II, and for stage I, on the slices
-whose full reports are shown, fifteen, for its tokenizer has convolutions of 256
+whose full reports are shown, eight, for its tokenizer has convolutions of 256
 pixels. One whose result is there already is not run again. The tables go below
 a marked line of the page.
 """

@@ -219,6 +219,25 @@ def test_the_kept_results_have_what_the_page_shows(parts):
     assert all(s["done"] for s in result["seconds"].values())
 
 
+def test_every_result_is_diagnosed_by_its_own_run(parts):
+  text = (parts.collect.RESULTS / parts.collect.DIAGNOSIS).read_text()
+  found = json.loads(text)
+  for path in sorted(parts.collect.RESULTS.glob("*_[0-9].json")):
+    result = json.loads(path.read_text())
+    row, seed = parts.grid.ROWS[result["row"]], result["seed"]
+    entry = found[result["row"]][str(seed)]
+    last = row.links[-1].name
+    assert entry["run"] == f"{last}_{row.key(seed, len(row.links))}", path
+    values = entry["values"]
+    assert {"text, training", "text, held out"} <= values.keys(), path
+    assert ("drawing, held out" in values) == row.draws, path
+    if "text, held out, probed" in values:  # As training itself evaluates it.
+      assert values["text, held out, probed"] == pytest.approx(
+        values["text, held out"], abs=1e-3
+      )
+      assert values["text, held out, text ids alone"] < values["text, held out"]
+
+
 def test_drawings_of_who_never_learnt_to_draw_are_no_result(parts):
   metric = parts.page.DRAWING[0]
   results = {

@@ -14,6 +14,8 @@ import grid
 RESULTS = pathlib.Path(__file__).parent / "results"
 # What exposure.py counted, among them.
 EXPOSURE = "exposure.json"
+# What diagnose.py found.
+DIAGNOSIS = "diagnosis.json"
 # The test pictures that every row is evaluated on.
 HELD_OUT = "easy_vqa_test"
 _SHEET = f"drawn_{HELD_OUT}.png"

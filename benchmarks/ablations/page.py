@@ -24,6 +24,7 @@ from scipy import stats
 
 MARK = "<!-- tables: benchmarks/ablations/page.py -->"
 BASE = "base"
+_TEXT_ALONE = "text, held out, text ids alone"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,6 +367,49 @@ def exposed(counts, rows) -> list[str]:
   )
 
 
+def diagnosed(found, rows) -> list[str]:
+  """Returns a table of what diagnose.py found, means over seeds."""
+
+  def cell(row, name, digits=2):
+    values = [
+      entry["values"][name]
+      for entry in found.get(row, {}).values()
+      if name in entry["values"]
+    ]
+    return f"{np.mean(values):.{digits}f}" if values else "-"
+
+  def picture(row):
+    values = [
+      entry["values"]["drawing, held out"]
+      * entry["values"]["codes of a picture"]
+      for entry in found.get(row, {}).values()
+      if "drawing, held out" in entry["values"]
+    ]
+    return f"{np.mean(values):.0f}" if values else "-"
+
+  columns = ("text, training", "text, held out")
+  if any(cell(row, _TEXT_ALONE) != "-" for row in rows):
+    columns += (_TEXT_ALONE,)
+  columns += ("drawing, training", "drawing, held out")
+  return markdown(
+    [
+      "nats a token, end of stage II",
+      *columns,
+      "codes of a picture",
+      "nats of a drawn picture, held out",
+    ],
+    [
+      [
+        grid.ROWS[row].title,
+        *(cell(row, name) for name in columns),
+        cell(row, "codes of a picture", 0),
+        picture(row),
+      ]
+      for row in rows
+    ],
+  )
+
+
 def cost(results, rows) -> list[str]:
   """Returns a table of what the rows took and read."""
 
@@ -452,13 +496,14 @@ def total_hours(results) -> str:
 
 
 def page(
-  results, counts, pictures: pathlib.Path, beside: pathlib.Path
+  results, counts, found, pictures: pathlib.Path, beside: pathlib.Path
 ) -> list[str]:
   """Returns what goes below the mark, and puts the pictures beside.
 
   Args:
     results: by row and seed.
     counts: of exposure.py.
+    found: of diagnose.py.
     pictures: folder of the rows' sheets.
     beside: folder of the page's pictures.
   """
@@ -477,6 +522,7 @@ def page(
     lines += measured(results, of_stage_one, STAGE_ONE)
     lines += by_depth(results, of_stage_one)
     lines += exposed(counts, known)
+    lines += diagnosed(found, known)
     lines += cost(results, known)
     target = beside / f"ablations_{family}.png"
     plot(results, family, target)
@@ -521,12 +567,19 @@ def main() -> None:
   if not any(results.values()):
     parser.error(f"{args.results} has no result of this grid: see run.py")
   above = args.doc.read_text(encoding="utf-8").partition(MARK)[0]
-  counted = args.results / collect.EXPOSURE
-  if not counted.exists():
-    parser.error(f"{counted} is not there: run exposure.py")
+  beside = {}
+  for name, maker in (
+    (collect.EXPOSURE, "exposure.py"),
+    (collect.DIAGNOSIS, "diagnose.py"),
+  ):
+    if not (args.results / name).exists():
+      parser.error(f"{args.results / name} is not there: run {maker}")
+    text = (args.results / name).read_text(encoding="utf-8")
+    beside[name] = json.loads(text)
   below = page(
     results,
-    json.loads(counted.read_text(encoding="utf-8")),
+    beside[collect.EXPOSURE],
+    beside[collect.DIAGNOSIS],
     args.results / "pictures",
     args.doc.parent / "pictures",
   )
