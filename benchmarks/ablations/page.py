@@ -18,12 +18,14 @@ import grid
 import matplotlib
 
 matplotlib.use("Agg")
+from matplotlib import ticker
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
 MARK = "<!-- tables: benchmarks/ablations/page.py -->"
 BASE = "base"
+_POINTS = {"textcoords": "offset points"}
 _TEXT_ALONE = "text, held out, text ids alone"
 
 
@@ -64,7 +66,7 @@ READING = (
   _percent("F1", "pope/random/f1"),
   _percent("popular: accuracy", "pope/popular/accuracy"),
   _percent("F1", "pope/popular/f1"),
-  _percent("adversarial: accuracy", "pope/adversarial/accuracy"),
+  _percent("POPE, adversarial: accuracy", "pope/adversarial/accuracy"),
   _percent("F1", "pope/adversarial/f1"),
 )
 DRAWING = (
@@ -379,13 +381,8 @@ def diagnosed(found, rows) -> list[str]:
     return f"{np.mean(values):.{digits}f}" if values else "-"
 
   def picture(row):
-    values = [
-      entry["values"]["drawing, held out"]
-      * entry["values"]["codes of a picture"]
-      for entry in found.get(row, {}).values()
-      if "drawing, held out" in entry["values"]
-    ]
-    return f"{np.mean(values):.0f}" if values else "-"
+    values = [picture_nats(entry) for entry in found.get(row, {}).values()]
+    return "-" if None in values or not values else f"{np.mean(values):.0f}"
 
   columns = ("text, training", "text, held out")
   if any(cell(row, _TEXT_ALONE) != "-" for row in rows):
@@ -464,6 +461,9 @@ def plot(results, family: str, target: pathlib.Path) -> None:
       axis.axvline(np.mean(base), color="grey", linewidth=0.6)
     if metric.log:
       axis.set_xscale("log")
+      axis.xaxis.set_major_locator(ticker.MaxNLocator(3, integer=True))
+      axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+      axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set_title(metric.title, fontsize=9)
     axis.tick_params(labelsize=8)
   axes[0].set_yticks(range(len(rows)), [grid.ROWS[row].title for row in rows])
@@ -472,6 +472,60 @@ def plot(results, family: str, target: pathlib.Path) -> None:
   target.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(target, dpi=80, metadata={"Software": None})
   plt.close(figure)
+
+
+def picture_nats(entry) -> float | None:
+  """Returns the nats of a held-out picture drawn of a caption, if any.
+
+  Args:
+    entry: of diagnose.py, of a row and seed.
+  """
+  values = entry["values"]
+  if "drawing, held out" not in values:
+    return None
+  return values["drawing, held out"] * values["codes of a picture"]
+
+
+def plot_nats(results, found, target: pathlib.Path) -> str:
+  """Draws what a picture costs the language model against what it draws.
+
+  Args:
+    results: by row and seed.
+    found: of diagnose.py.
+    target: file of the plot.
+
+  Returns:
+    Spearman's correlation over rows, with their number.
+  """
+  points = {}
+  for row, seeds in results.items():
+    if row in NOT_COMPARED:
+      continue
+    pairs = [
+      (nats, 100 * result["metrics"][DRAWING[0].name])
+      for seed, result in seeds.items()
+      if (entry := found.get(row, {}).get(str(seed)))
+      and (nats := picture_nats(entry)) is not None
+    ]
+    if pairs and grid.ROWS[row].image_size is None:
+      points[row] = np.mean(pairs, axis=0)
+  # The others lie around the base row.
+  named = {*grid.FAMILIES["quantizer"].rows, *grid.FAMILIES["space"].rows}
+  named |= {"projected"}
+  figure, axis = plt.subplots(figsize=(7.5, 4.5))
+  for row, (nats, right) in points.items():
+    color = "black" if row == BASE else "tab:blue"
+    axis.plot([nats], [right], "o", color=color, alpha=0.6)
+    if row in named:
+      axis.annotate(row, (nats, right), fontsize=7, xytext=(3, 3), **_POINTS)
+  axis.set_xscale("log")
+  axis.set_xlabel("nats of a held-out picture, given its caption")
+  axis.set_ylabel(DRAWING[0].title)
+  figure.tight_layout()
+  figure.savefig(target, dpi=80, metadata={"Software": None})
+  plt.close(figure)
+  rank = stats.spearmanr(*np.transpose(list(points.values())))
+  return f"{rank.statistic:.2f} over {len(points)} rows"
 
 
 def total_hours(results) -> str:
@@ -488,10 +542,11 @@ def total_hours(results) -> str:
       spent[row, seed] = result["seconds"]["evaluation"]["cpu"]
   hours = sum(spent.values()) / 3600
   count = sum(map(len, results.values()))
+  wanted = len(grid.ROWS) * len(grid.SEEDS)
   return (
-    f"{count} results of {len(grid.ROWS)} rows, {hours:.1f} hours of one core "
-    f"in all; {', '.join(sorted(machines))}; revisions "
-    f"{', '.join(sorted(revisions))}."
+    f"{count} of {wanted} results ({len(grid.ROWS)} rows, {len(grid.SEEDS)} "
+    f"seeds), {hours:.1f} hours of one core so far; "
+    f"{', '.join(sorted(machines))}; revisions {', '.join(sorted(revisions))}."
   )
 
 
@@ -527,6 +582,11 @@ def page(
     target = beside / f"ablations_{family}.png"
     plot(results, family, target)
     lines += [f"![{title}]({beside.name}/{target.name})", ""]
+  target = beside / "ablations_nats.png"
+  rank = plot_nats(results, found, target)
+  lines += ["## What a picture costs, and what is drawn", ""]
+  lines += [f"A point is a row; Spearman's rank correlation {rank}.", ""]
+  lines += [f"![nats and drawings]({beside.name}/{target.name})", ""]
   lines += [f"## Drawings, seed {grid.SEEDS[0]}", ""]
   for row in grid.ROWS:
     source = pictures / f"{row}.png"
