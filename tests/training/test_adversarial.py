@@ -115,6 +115,30 @@ def test_one_backward_pass_is_the_gradient_of_both_losses(critic):
     score = critic.module.apply({"params": params}, image)
     return loss - weight * jnp.mean(score)
 
+  def step(decoder_params, passes):
+    _, pullback, image = jax.vjp(reconstruct, decoder_params, has_aux=True)
+    cotangent, _ = critic.cotangent(
+      params,
+      lambda *cotangents: {"decoder": pullback(cotangents)[0]},
+      image,
+      jnp.int32(10),
+    )
+    one, none = jnp.ones(()), jnp.zeros_like(image)
+    if passes == 1:
+      return pullback((one, cotangent))
+    return pullback((one, none)), pullback((0 * one, cotangent))
+
+  def cost(passes):
+    lowered = jax.jit(step, static_argnums=1).lower(decoder_params, passes)
+    return lowered.compile().cost_analysis()["flops"]
+
+  # That the last layer balances both costs no pass of its own.
+  backward = jax.jit(lambda p, c: jax.vjp(decode, p)[1](c))
+  whole = backward.lower(decoder_params, image).compile().cost_analysis()
+  forward = jax.jit(decode).lower(decoder_params).compile().cost_analysis()
+  one_pass = whole["flops"] - forward["flops"]
+  assert cost(2) - cost(1) > 0.8 * one_pass
+
   chex.assert_trees_all_close(
     grads(jnp.ones(()), cotangent)["decoder"],
     jax.grad(total)(decoder_params),
