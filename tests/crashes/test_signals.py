@@ -29,12 +29,14 @@ def test_sigterm_and_ctrl_c_save(stage_one, straight, tmp_path):
     harness.wait_for(
       lambda more=more: len(harness.checkpoints(workdir)) >= more, process
     )
-    if number == signal.SIGTERM:  # While it runs, the folder is its own.
+    if number == signal.SIGTERM:  # While it lives, the folder is its own.
+      harness.kill(process, signal.SIGSTOP)  # Lest it ends first.
       second = stage_one(workdir)
       second.log = tmp_path / "second.log"
       assert second.finish() == 75
       (line,) = second.said().splitlines()
       assert f"in use by process {process.pid} on" in line
+      harness.kill(process, signal.SIGCONT)
     harness.kill(process, number)
     assert process.wait(60) == status
     said = command.said()
