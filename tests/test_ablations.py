@@ -161,6 +161,60 @@ def test_a_seed_that_is_missing_costs_its_row_alone(parts):
     assert found_half == pytest.approx(stats.t.ppf(0.975, 2) * half)
 
 
+def test_claims_are_compared_pair_by_pair(parts, monkeypatch):
+  names = ("vqa/all", "text/after stage II", "psnr")
+  rng = np.random.default_rng(1)
+  values = {
+    row: {
+      seed: dict(zip(names, 1 + rng.random(3), strict=True)) for seed in "abc"
+    }
+    for row in ("hq", "base", "vq", "separate")
+  }
+  results = {row: {} for row in parts.grid.ROWS} | {
+    row: {s: {"metrics": m} for s, m in enumerate(seeds.values())}
+    for row, seeds in values.items()
+  }
+
+  def table():
+    head, _, *lines, last = parts.page.claimed(results)
+    assert last == ""
+    columns = [c.strip() for c in head.split("|")]
+    rows = ([c.strip() for c in line.split("|")] for line in lines)
+    return {row[1]: dict(zip(columns, row, strict=True)) for row in rows}
+
+  def mean(row, name):
+    return np.mean([seed[name] for seed in values[row].values()])
+
+  found = table()
+  assert list(found) == [claim.title for claim in parts.grid.CLAIMS]
+  column = "easy-VQA, %"
+  for title, better, worse in (
+    ("HQ > RQ", "hq", "base"),
+    ("RQ > VQ", "base", "vq"),
+    ("unified > separate vocabularies", "base", "separate"),
+  ):
+    delta = 100 * (mean(better, "vqa/all") - mean(worse, "vqa/all"))
+    assert found[title][column].startswith(f"{delta:+.1f} ± ")
+  assert found["projected > language_driven"][column] == "-"  # No result.
+  # One stage I.
+  assert found["unified > separate vocabularies"]["PSNR, dB"] == "-"
+  delta = mean("hq", "psnr") - mean("base", "psnr")
+  assert found["HQ > RQ"]["PSNR, dB"].startswith(f"{delta:+.2f} ± ")
+  # Holm's correction is over the claims that a column has.
+  claims = [c for c in parts.grid.CLAIMS if c.title == "HQ > RQ"]
+  monkeypatch.setattr(parts.grid, "CLAIMS", tuple(claims))
+  alone, among = (
+    float(rows["HQ > RQ"][column].rpartition("= ")[2])
+    for rows in (table(), found)
+  )
+  assert alone < among <= min(1.0, 3 * alone + 2e-3)
+
+
+def test_claims_are_of_rows(parts):
+  for claim in parts.grid.CLAIMS:
+    assert {claim.better, claim.worse} <= set(parts.grid.ROWS)
+
+
 def test_what_rows_share_counts_once(parts):
   psnr = {"base": [1.0, 2.0, 4.0], "dual": [1.5, 2.0, 5.0]}
   rows = psnr | {"separate": psnr["base"], "text_0": psnr["base"]}

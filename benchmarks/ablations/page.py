@@ -226,37 +226,46 @@ class Table:
     Args:
       rows: of a family.
     """
+    return _holm(self.contrasts(rows, BASE))
+
+  def contrasts(self, rows, base) -> dict[str, tuple[float, float, float]]:
+    """Returns difference from a row, half its interval, p uncorrected, by row.
+
+    Args:
+      rows: that are compared.
+      base: with which row.
+    """
     if self._all is None or self._all.deviation is None:
       return {}
-    own = {k: v for k, v in self.values.items() if k[0] in (*rows, BASE)}
+    own = {k: v for k, v in self.values.items() if k[0] in (*rows, base)}
     own = {k: v for k, v in own.items() if k[0] not in NOT_COMPARED}
+    if base not in (row for row, _ in own):
+      return {}
     model, found = fit(own), {}
     names = list(model.effects)
-    if BASE not in names:
-      return {}
     for row in names:
-      if row == BASE:
+      if row == base:
         continue
       contrast = np.zeros(len(model.covariance))
-      contrast[names.index(row)], contrast[names.index(BASE)] = 1, -1
+      contrast[names.index(row)], contrast[names.index(base)] = 1, -1
       error = self._all.deviation * np.sqrt(
         contrast @ model.covariance @ contrast
       )
-      delta = model.effects[row] - model.effects[BASE]
+      delta = model.effects[row] - model.effects[base]
       p = 2 * stats.t.sf(abs(delta) / max(error, 1e-12), self._all.freedom)
       found[row] = (delta, self._quantile() * error, p)
-    return _holm(found)
+    return found
 
-  def difference(self, row: str, rows) -> str:
-    """Formats what `differences` says of a row."""
-    if (known := self.differences(rows).get(row)) is None:
+  def said(self, difference: tuple[float, float, float] | None) -> str:
+    """Formats one of `differences`."""
+    if difference is None:
       return "-"
-    delta, half, p = known
-    said = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    delta, half, p = difference
+    chance = "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
     if self.metric.log:
-      return f"x {np.exp(delta):.2f} x/÷ {np.exp(half):.2f}, {said}"
+      return f"x {np.exp(delta):.2f} x/÷ {np.exp(half):.2f}, {chance}"
     digits = self.metric.digits
-    return f"{delta:+.{digits}f} ± {half:.{digits}f}, {said}"
+    return f"{delta:+.{digits}f} ± {half:.{digits}f}, {chance}"
 
   def points(self, row: str) -> list[float]:
     """Returns a row's values as they are shown."""
@@ -311,12 +320,40 @@ def compared(results, rows) -> list[str]:
     m for m in COMPARED if not share_stage_one(rows) or m not in STAGE_ONE
   ]
   tables = [Table(results, metric) for metric in metrics]
+  found = [(table, table.differences(rows)) for table in tables]
   return markdown(
     ["less base", *(metric.title for metric in metrics)],
     [
-      [grid.ROWS[row].title, *(table.difference(row, rows) for table in tables)]
+      [
+        grid.ROWS[row].title,
+        *(table.said(differences.get(row)) for table, differences in found),
+      ]
       for row in rows
       if row not in (BASE, *NOT_COMPARED)
+    ],
+  )
+
+
+def claimed(results) -> list[str]:
+  """Returns a table of the claims: the better row less the worse one."""
+  columns = []
+  for metric in COMPARED:
+    table = Table(results, metric)
+    found = {
+      claim.title: difference
+      for claim in grid.CLAIMS
+      if metric not in STAGE_ONE
+      or not share_stage_one((claim.better, claim.worse))
+      for difference in table.contrasts((claim.better,), claim.worse).values()
+    }
+    corrected = _holm(found)
+    columns.append([table.said(corrected.get(c.title)) for c in grid.CLAIMS])
+  cells = zip(*columns, strict=True)
+  return markdown(
+    ["the first less the second", "reported", *(m.title for m in COMPARED)],
+    [
+      [claim.title, claim.reported, *line]
+      for claim, line in zip(grid.CLAIMS, cells, strict=True)
     ],
   )
 
@@ -563,6 +600,7 @@ def page(
     beside: folder of the page's pictures.
   """
   lines = ["", total_hours(results), ""]
+  lines += ["## The claims in figures", "", *claimed(results)]
   for family, (title, rows) in (
     (name, (f.title, f.rows)) for name, f in grid.FAMILIES.items()
   ):
