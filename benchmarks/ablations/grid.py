@@ -366,6 +366,26 @@ ROWS: dict[str, Row] = {
   "literal_dual": _row(
     "the same, dual", _LITERAL | {"codebook.paradigm": "dual"}
   ),
+  # Whether more is written back if the codebook moves faster, or for longer.
+  "literal_dual_rate": _row(
+    "the same, dual, ten times the learning rate of the tokenizer",
+    _LITERAL
+    | {
+      "codebook.paradigm": "dual",
+      "optimizer.tokenizer.learning_rate": 2e-2,
+    },
+  ),
+  "literal_dual_turns": _row(
+    "the same, dual, turns of 400 steps for 100",
+    _LITERAL
+    | {
+      "codebook.paradigm": "dual",
+      "schedule.tokenizer_steps": 400,
+      # The last line before the last write-back: step 1260.
+      "num_steps": 1350,
+      "log_every": 90,
+    },
+  ),
   # The table that stage I begins with.
   "alternated": _row("random; text in stage I alone", llm=False),
   "random_table": _row("random; 3 steps of text", _NO_TEXT, llm=False),
@@ -421,6 +441,7 @@ FAMILIES = {
     (
       *("base", "no_l2", "dim_4", "dim_64", "dim_128"),
       *("literal", "literal_frozen", "literal_dual"),
+      *("literal_dual_rate", "literal_dual_turns"),
     ),
   ),
   "table": Family(
