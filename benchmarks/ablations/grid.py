@@ -368,7 +368,7 @@ ROWS: dict[str, Row] = {
   ),
   # Whether more is written back if the codebook moves faster, or for longer.
   "literal_dual_rate": _row(
-    "the same, dual, ten times the learning rate of the tokenizer",
+    "the same, dual, learning rate x 10",
     _LITERAL
     | {
       "codebook.paradigm": "dual",
@@ -376,7 +376,7 @@ ROWS: dict[str, Row] = {
     },
   ),
   "literal_dual_turns": _row(
-    "the same, dual, turns of 400 steps for 100",
+    "the same, dual, turns of 400 steps",
     _LITERAL
     | {
       "codebook.paradigm": "dual",

@@ -498,7 +498,12 @@ def plot(results, family: str, target: pathlib.Path) -> None:
       axis.axvline(np.mean(base), color="grey", linewidth=0.6)
     if metric.log:
       axis.set_xscale("log")
-      axis.xaxis.set_major_locator(ticker.MaxNLocator(3, integer=True))
+      least, most = axis.get_xlim()
+      axis.xaxis.set_major_locator(
+        ticker.MaxNLocator(3, integer=True)
+        if most < 10 * least
+        else ticker.LogLocator()
+      )
       axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
       axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set_title(metric.title, fontsize=9)
