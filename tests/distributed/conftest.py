@@ -13,17 +13,16 @@ TIMEOUT = 600
 
 
 @pytest.fixture
-def launch(host_devices):
-  """Returns a function that runs `train.py` in several processes at once."""
+def together(host_devices):
+  """Returns a function that runs a script in several processes at once.
 
-  def run(processes, devices, stage, workdir, until_step=0, **chosen):
+  It gives the exit status and what was printed of each.
+  """
+
+  def run(processes, devices, *command):
     with socket.socket() as free:
       free.bind(("127.0.0.1", 0))
       address = f"127.0.0.1:{free.getsockname()[1]}"
-    settings = {"data.num_workers": 0, "checkpoint_every": 4}
-    settings |= {key.replace("__", "."): v for key, v in chosen.items()}
-    command = [sys.executable, str(TRAIN), stage, str(workdir), str(until_step)]
-    command += [f"{key}={value}" for key, value in settings.items()]
     running = []
     for number in range(processes):
       environment = host_devices(devices)
@@ -35,7 +34,7 @@ def launch(host_devices):
         }
       running.append(
         subprocess.Popen(
-          command,
+          [sys.executable, *map(str, command)],
           env=environment,
           stdout=subprocess.PIPE,
           stderr=subprocess.STDOUT,
@@ -47,9 +46,26 @@ def launch(host_devices):
     finally:
       for process in running:
         process.kill()
-    for process, text in zip(running, texts, strict=True):
-      assert process.returncode == 0, text[-4000:]
-    return texts
+    statuses = [process.returncode for process in running]
+    return list(zip(statuses, texts, strict=True))
+
+  return run
+
+
+@pytest.fixture
+def launch(together):
+  """Returns a function that runs `train.py` in several processes at once."""
+
+  def run(processes, devices, stage, workdir, until_step=0, **chosen):
+    settings = {"data.num_workers": 0, "checkpoint_every": 4}
+    settings |= {key.replace("__", "."): v for key, v in chosen.items()}
+    flags = [f"{key}={value}" for key, value in settings.items()]
+    ended = together(
+      processes, devices, TRAIN, stage, workdir, until_step, *flags
+    )
+    for status, text in ended:
+      assert status == 0, text[-4000:]
+    return [text for _, text in ended]
 
   return run
 

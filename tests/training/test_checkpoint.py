@@ -147,6 +147,25 @@ def test_without_a_whole_checkpoint_nothing_is_touched(saved, tmp_path):
   assert contents(workdir) == before
 
 
+def test_arrays_of_other_shapes_are_no_damage(saved, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(saved, workdir)
+  before = contents(workdir)
+  wanted = target()
+  kernel = wanted["kernel"]
+  wanted["kernel"] = jax.ShapeDtypeStruct(
+    (20, 48), kernel.dtype, sharding=kernel.sharding
+  )
+  with (
+    checkpoint.Checkpointer(workdir / "checkpoints", 5) as checkpointer,
+    pytest.raises(
+      config_lib.ConfigError, match=r"kernel is \[40, 24\], .*20, 48"
+    ),
+  ):
+    checkpointer.restore(wanted)
+  assert contents(workdir) == before
+
+
 def test_errors_of_tensorstore_name_array_and_file():
   inner = (
     'Error reading Byte range [0, 8) of local file "x/10/state/d/a": Requested '

@@ -60,6 +60,7 @@ class Critic:
     self,
     params,
     pullback: Callable,
+    others: jax.Array,
     reconstruction: jax.Array,
     step: jax.Array,
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -70,8 +71,9 @@ class Critic:
 
     Args:
       params: The critic's.
-      pullback: (cotangent of the other losses float32[], cotangent of the
-        reconstruction float32[B, H, W, 3]) -> gradient, with a group "decoder".
+      pullback: Cotangent of the reconstruction float32[B, H, W, 3] -> gradient,
+        with a group "decoder".
+      others: float32[B, H, W, 3], cotangent of the losses beside this one.
       reconstruction: float32[B, H, W, 3].
       step: int32[], step of the run.
 
@@ -83,11 +85,11 @@ class Critic:
         self._score(params, image)
       )
     )(reconstruction)
-    others = pullback(jnp.ones(()), jnp.zeros_like(reconstruction))
-    adversarial = pullback(jnp.zeros(()), cotangent)
     balance = reconstruction_loss.adaptive_weight(
-      tokenizer_lib.last_layer(others["decoder"]),
-      tokenizer_lib.last_layer(adversarial["decoder"]),
+      *(
+        tokenizer_lib.last_layer(pullback(image)["decoder"])
+        for image in (others, cotangent)
+      )
     )
     weight = (
       self.weight * balance * reconstruction_loss.disc_gate(step, self.start)

@@ -7,7 +7,7 @@ processes. Checksums of every array and of the record tell whether it came back
 as it was; what did not is set aside, never removed.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import errno
 import json
@@ -161,14 +161,16 @@ class Checkpointer:
       step. None without a checkpoint.
 
     Raises:
-      ConfigError: If there are checkpoints, but none is whole.
+      ConfigError: If there are checkpoints, but none is whole, or one is of
+        arrays of other shapes.
       OSError: If one of several processes alone finds one damaged. It is set
-        aside then, so that all may start again.
+        aside then, if there is an older one, so that all may start again.
     """
     damaged: dict[int, str] = {}
     newer = []
     for step in self.steps():
       if newest is None or step <= newest:
+        check_shapes(self._directory / str(step), state)
         try:
           found = _twice(lambda step=step: self._read(step, state))
         except DamagedError as error:
@@ -199,12 +201,15 @@ class Checkpointer:
       if jax.process_count() == 1:
         raise _damage(error) from error
       # The others wait for this process, so there is no agreeing with them.
-      problem = str(_damage(error))
-      self._rename(step)
+      problem, then = str(_damage(error)), "there is no older one"
+      # Without any a run would begin anew, as if there never had been one.
+      if any(older < step for older in self.steps()):
+        self._rename(step)
+        then = "it is set aside"
       raise OSError(
         errno.EIO,
         f"the checkpoint of step {step} is damaged for process "
-        f"{jax.process_index()} ({problem}), and is set aside",
+        f"{jax.process_index()} ({problem}); {then}",
         str(self._directory),
       ) from error
     check_sums(restored["state"], record)
@@ -347,6 +352,40 @@ def read_variables(folder: pathlib.Path, config, variables: Any) -> Any:
     ) from error
   check_sums(restored, record)
   return restored["variables"]
+
+
+def check_shapes(folder: pathlib.Path, state: Any) -> None:
+  """Compares the shapes of a checkpoint's arrays with those that are wanted.
+
+  They differ where another version of the package made it: no damage, and so
+  nothing to go back for. What cannot be read is left for the restoring to find.
+
+  Args:
+    folder: Of the checkpoint.
+    state: Tree of arrays or `jax.ShapeDtypeStruct`.
+
+  Raises:
+    ConfigError: If one differs.
+  """
+  try:
+    found = ocp.StandardCheckpointHandler().metadata(folder / "state").tree
+  except Exception:  # pylint: disable=broad-exception-caught
+    return
+  stored = {name: tuple(leaf.shape) for name, leaf in _named(found)}
+  for name, leaf in _named(state):
+    if stored.get(name, leaf.shape) != leaf.shape:
+      raise config_lib.ConfigError(
+        f"{folder}: {name} is {list(stored[name])}, and {list(leaf.shape)} in "
+        "this version of unicode_jax with this config: go on with the version "
+        "that began the run, or train into another --workdir"
+      )
+
+
+def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+  """Yields the leaves of a tree that have a shape, with their paths."""
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    if hasattr(leaf, "shape"):
+      yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf
 
 
 def check_sums(state: Any, record: Mapping[str, Any]) -> None:

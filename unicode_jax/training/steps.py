@@ -98,7 +98,7 @@ def make_tokenizer_step(
   """
   decoder_only = tuple(trained) == ("decoder",)
 
-  def loss_fn(groups, state, image, perceptual_weights):
+  def code_loss(groups, state, image):
     variables = state.variables.replace(
       params={**state.variables.params, **groups}
     )
@@ -112,45 +112,53 @@ def make_tokenizer_step(
     )
     reconstruction = model.decode_features(variables, features)
     terms = {
-      "l1_loss": reconstruction_loss.l1_loss(image, reconstruction),
-      "l2_loss": reconstruction_loss.l2_loss(image, reconstruction),
       "commitment_loss": output.commitment_loss,
       "codebook_loss": output.codebook_loss,
     }
-    total = (
-      losses.l1 * terms["l1_loss"]
-      + losses.l2 * terms["l2_loss"]
-      + losses.commitment * terms["commitment_loss"]
+    loss = (
+      losses.commitment * terms["commitment_loss"]
       + losses.codebook * terms["codebook_loss"]
     )
+    return (loss, reconstruction), (terms, output, z)
+
+  def picture_loss(reconstruction, image, perceptual_weights):
+    terms = {
+      "l1_loss": reconstruction_loss.l1_loss(image, reconstruction),
+      "l2_loss": reconstruction_loss.l2_loss(image, reconstruction),
+    }
+    loss = losses.l1 * terms["l1_loss"] + losses.l2 * terms["l2_loss"]
     if perceptual_weights is not None:
       terms["perceptual_loss"] = jnp.mean(
         perceptual.perceptual_distance(
           perceptual_weights, image, reconstruction
         )
       )
-      total += losses.perceptual * terms["perceptual_loss"]
-    return (total, reconstruction), (terms, output, z)
+      loss += losses.perceptual * terms["perceptual_loss"]
+    return loss, terms
 
   def step(state: state_lib.TrainState, batch, perceptual_weights):
     image = sharding.constrain(batch["image"], "image", None, None, None)
     variables = state.variables
     groups = {name: variables.params[name] for name in trained}
     (loss, reconstruction), pullback, (terms, output, z) = jax.vjp(
-      lambda groups: loss_fn(groups, state, image, perceptual_weights),
-      groups,
-      has_aux=True,
+      lambda groups: code_loss(groups, state, image), groups, has_aux=True
     )
-    cotangent = jnp.zeros_like(reconstruction)
+    (of_picture, picture_terms), cotangent = jax.value_and_grad(
+      picture_loss, has_aux=True
+    )(reconstruction, image, perceptual_weights)
+    loss += of_picture
+    terms |= picture_terms
     opt_state = dict(state.opt_state)
     discriminator = state.discriminator
     if critic is not None:
-      cotangent, generator_terms = critic.cotangent(
+      added, generator_terms = critic.cotangent(
         discriminator,
-        lambda *cotangents: pullback(cotangents)[0],
+        lambda cotangent: pullback((jnp.zeros(()), cotangent))[0],
+        cotangent,
         reconstruction,
         state.step,
       )
+      cotangent += added
       discriminator, opt_state["discriminator"], critic_terms = critic.update(
         discriminator,
         opt_state["discriminator"],
