@@ -71,10 +71,9 @@ def test_work_is_counted_in_scans_branches_and_again():
   def loss(x, w):
     return jnp.sum(jax.checkpoint(lambda x: jnp.tanh(jnp.tanh(x @ w) @ w))(x))
 
-  # Two products forward, again for the backward pass but for the last, and
-  # four products of gradients.
+  # Two products forward, again for the backward pass, and four of gradients.
   both = jax.value_and_grad(loss, argnums=(0, 1))
-  assert flops(both, x, w) in (7 * one, 8 * one)
+  assert flops(both, x, w) == 8 * one
 
   def branch(x, w):
     return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
@@ -98,6 +97,41 @@ def test_work_whose_result_goes_nowhere_is_not_counted():
 
   one = 2 * 4 * 8 * 8
   assert flops(last_gradient, (4, 8), (8, 8), (8, 8)) == 3 * one
+
+  def inside(x, w):
+    return jax.jit(lambda x, w: (x @ w, w @ w))(x, w)[0]
+
+  assert flops(inside, (4, 8), (8, 8)) == one
+
+  def scanned(x, w):
+    def body(x, _):
+      return x @ w, w @ w
+
+    return jax.lax.scan(body, x, length=3)[0]
+
+  assert flops(scanned, (4, 8), (8, 8)) == 3 * one
+
+  def again(x, first, last):
+    both = jax.checkpoint(lambda last: jnp.sum(jnp.tanh(x @ first) @ last))
+    return jax.grad(both)(last)
+
+  # Of the forward pass what the gradient needs, and the gradient.
+  assert flops(again, (4, 8), (8, 8), (8, 8)) == 2 * one
+
+
+def test_zeros_that_a_stride_puts_between_are_no_work():
+  def convolved(image, kernel):
+    return jax.lax.conv_general_dilated(
+      image, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+  def of_image(image, kernel, out):
+    return jax.vjp(lambda image: convolved(image, kernel), image)[1](out)
+
+  shapes = (2, 8, 8, 3), (4, 4, 3, 5)
+  forward = 2 * (2 * 4 * 4 * 5) * 4 * 4 * 3
+  assert flops(convolved, *shapes) == forward
+  assert flops(of_image, *shapes, (2, 4, 4, 5)) == forward
 
 
 TEXT = """HloModule jit_step, is_scheduled=true

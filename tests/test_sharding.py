@@ -137,6 +137,37 @@ def test_a_layer_of_a_stack_has_the_stack_s_places():
   assert "('fsdp'" in str(jaxpr) or "'fsdp', None" in str(jaxpr)
 
 
+def test_whole_parameters_have_split_gradients():
+  tree = {"encoder": {"conv": {"kernel": jnp.ones((3, 3, 64, 512))}}}
+
+  def places(function):
+    """The constraints of a traced function, in order."""
+    with jax.sharding.use_abstract_mesh(mesh(fsdp=8)):
+      jaxpr = jax.make_jaxpr(function)(tree)
+    return [
+      equation.params["sharding"].spec
+      for equation in equations(jaxpr.jaxpr)
+      if equation.primitive.name == "sharding_constraint"
+    ]
+
+  def equations(jaxpr):
+    for equation in jaxpr.eqns:
+      yield equation
+      for value in equation.params.values():
+        if hasattr(value, "eqns"):
+          yield from equations(getattr(value, "jaxpr", value))
+
+  split = spec("encoder/conv/kernel", 3, 3, 64, 512, fsdp=8)
+  assert "fsdp" in split
+  assert places(sharding.whole_parameters) == [P()]
+  total = jax.grad(
+    lambda tree: jnp.sum(
+      sharding.whole_parameters(tree)["encoder"]["conv"]["kernel"] ** 2
+    )
+  )
+  assert places(total) == [P(), split]
+
+
 @pytest.mark.parametrize(
   ("sizes", "message"),
   [

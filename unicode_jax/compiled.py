@@ -11,6 +11,8 @@ import dataclasses
 import math
 import re
 
+from jax.interpreters import partial_eval
+
 _GIB = 2**30
 
 
@@ -232,11 +234,19 @@ def matmul_flops(jaxpr, num_devices: int = 1) -> float:
 
   Returns:
     FLOP of all devices together, what is computed again included, but nothing
-    that goes nowhere. A kernel counts as it says itself, if it does; a loop of
-    unknown length once.
+    that goes nowhere and no zeros that a convolution's stride puts between its
+    inputs. A kernel counts as it says itself, if it does; a loop of unknown
+    length once.
   """
+  program = getattr(jaxpr, "jaxpr", jaxpr)
+  used, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
+  return _flops(used, num_devices)
+
+
+def _flops(program, num_devices: int) -> float:
+  """Counts the products of a program of which all is used."""
   total = 0.0
-  for equation in _used(getattr(jaxpr, "jaxpr", jaxpr)):
+  for equation in program.eqns:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
       (contracted, _), _ = params["dimension_numbers"]
@@ -246,27 +256,17 @@ def matmul_flops(jaxpr, num_devices: int = 1) -> float:
     elif name == "conv_general_dilated":
       kernel = equation.invars[1].aval.shape
       outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
-      each = math.prod(kernel) / outputs
+      each = math.prod(kernel) / outputs / math.prod(params["lhs_dilation"])
       total += 2.0 * each * math.prod(equation.outvars[0].aval.shape)
     elif name == "pallas_call":
       cost = params.get("cost_estimate")
       total += 0.0 if cost is None else float(cost.flops)
     else:
       times = {"scan": params.get("length"), "shard_map": num_devices}
-      branches = [matmul_flops(j, num_devices) for j in _inside(params)]
+      branches = [_flops(j, num_devices) for j in _inside(params)]
       inside = max(branches, default=0.0) if name == "cond" else sum(branches)
       total += (times.get(name) or 1) * inside
   return total
-
-
-def _used(program) -> list:
-  """Returns the equations of which a result is used: compilers drop others."""
-  wanted, equations = {id(v) for v in program.outvars}, []
-  for equation in reversed(program.eqns):
-    if equation.effects or wanted & {id(v) for v in equation.outvars}:
-      equations.append(equation)
-      wanted.update(id(v) for v in equation.invars)
-  return equations
 
 
 def _inside(params) -> Iterator:

@@ -260,9 +260,11 @@ def constrain_parameters(params, num_stacked: int = 0):
 def whole_parameters(params):
   """Says that parameters are put together before they are used.
 
-  Their gradients stay split. Otherwise the compiler may compute convolutions in
-  as many pieces as the kernels lie in, each of few channels ("collective
-  matmul", Wang et al., ASPLOS 2023), which leave most of a matrix unit empty.
+  Their gradients are asked to be split again. Otherwise the compiler may
+  compute convolutions in as many pieces as the kernels lie in, each of few
+  channels ("collective matmul", Wang et al., ASPLOS 2023), which leave most of
+  a matrix unit empty. On a mesh there is no forward mode (`jax.jvp`) through
+  it.
 
   Args:
     params: Tree of arrays that no rule of `PARAMETERS` is for.

@@ -34,7 +34,8 @@ class Report:
     temporaries: Bytes of what it needs meanwhile.
     outputs: Bytes of results that do not take an argument's place.
     memory: Bytes that the chip has, 0 if that is not known.
-    flops: Of all chips, by arithmetic, nothing computed twice; 0 if not known.
+    flops: Of all chips, by arithmetic, nothing computed twice; of images the
+      traced program's own; 0 if not known.
     executed_flops: Of all chips, in the traced program.
     compute_seconds: The compiler's estimate, without exchanges, and attention's
       kernel, for which it has none, at the chip's peak; 0 without one.
@@ -175,7 +176,9 @@ def describe(report: Report) -> Iterator[str]:
   if report.memory:
     line += f" of {_size(report.memory)}"
   yield line
-  if report.flops:
+  if report.flops and report.unit == "images":
+    yield f"  work: {report.flops:.3g} FLOP in the program's products"
+  elif report.flops:
     again = report.executed_flops / report.flops
     yield (
       f"  work: {report.flops:.3g} FLOP by arithmetic; the program has "
