@@ -18,6 +18,8 @@ from unicode_jax.stages import instruct, pretrain, runner
 from unicode_jax.training import phase as phase_lib
 
 stage, paradigm, run = sys.argv[1:4]
+critic = stage == "critic"
+stage = "pretrain" if critic else stage
 shapes = [tuple(map(int, text.split("x"))) for text in sys.argv[4:]]
 sharding.MIN_SHARDED_SIZE = 256
 chosen = {
@@ -30,13 +32,18 @@ if stage == "instruct":
     "init_from": run, "data.num_workers": 0,
     "microbatches": 2, "instruct.global_batch_size": 16,
   }
+if critic:
+  chosen |= {
+    "tokenizer.loss.adversarial": 0.5, "tokenizer.loss.disc_start": 0,
+  }
 configs = {"pretrain": pretrain_config, "instruct": instruct_config}
 config = config_lib.apply_overrides(
   configs[stage].get_config("debug"), chosen
 )
 config = config_lib.validate(config_lib.inherit(config, tuple(chosen)))
 data = runner.load_data(config, with_text=True)
-STEPS = 6
+# A critic's updates soon tell apart what differs in the last bit.
+STEPS = 1 if critic else 6
 
 
 def make():
@@ -131,6 +138,10 @@ def check(stage, paradigm, run, shapes, host_devices):
 
 def test_stage_one(host_devices):
   check("pretrain", "language_driven", "-", FEW, host_devices)
+
+
+def test_a_critic(host_devices):
+  check("critic", "language_driven", "-", ["1x8x1", "2x2x2"], host_devices)
 
 
 def test_stage_two(host_devices, stage_one_of_eight_heads):
