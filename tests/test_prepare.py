@@ -130,6 +130,15 @@ def test_killed_at_any_moment(seed, images, straight, tmp_path):
   assert contents(out) == straight
 
 
+def test_killed_before_the_manifest_bore_its_name(images, straight, tmp_path):
+  for name, content in straight.items():
+    (tmp_path / name).write_bytes(content)
+  (tmp_path / "manifest.json").rename(tmp_path / "unfinished.json")
+  done = run(*options(images, tmp_path, workers=2))
+  assert done.returncode == 0, done.stderr
+  assert contents(tmp_path) == straight
+
+
 def contents_of_files(folder):
   return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 

@@ -154,7 +154,8 @@ def _written(
   workers: int,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
   """Yields pieces as they are done: number, and what the manifest says."""
-  if workers == 1 or len(numbers) == 1:
+  # None are missing where only the manifest had not its name yet.
+  if workers == 1 or len(numbers) <= 1:
     for number in numbers:
       yield number, write_piece(number, pieces[number], folder, settings)
     return
