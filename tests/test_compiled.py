@@ -226,6 +226,7 @@ def test_what_does_not_fit():
 
 def test_the_largest_arrays_on_the_way():
   def function(x):
+    _ = jnp.broadcast_to(x, (1000, 1000, 100)) * 2.0  # Goes nowhere.
     return jnp.sum(jnp.outer(x, x) + 1.0)
 
   traced = jax.jit(function).trace(jax.ShapeDtypeStruct((100,), jnp.float32))

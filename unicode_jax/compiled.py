@@ -238,9 +238,14 @@ def matmul_flops(jaxpr, num_devices: int = 1) -> float:
     inputs. A kernel counts as it says itself, if it does; a loop of unknown
     length once.
   """
+  return _flops(_used(jaxpr), num_devices)
+
+
+def _used(jaxpr):
+  """Returns a traced program without what goes nowhere."""
   program = getattr(jaxpr, "jaxpr", jaxpr)
   used, _ = partial_eval.dce_jaxpr(program, [True] * len(program.outvars))
-  return _flops(used, num_devices)
+  return used
 
 
 def _flops(program, num_devices: int) -> float:
@@ -291,8 +296,7 @@ def largest_arrays(jaxpr, num_devices: int = 1, count: int = 5) -> list[str]:
   found: dict[str, float] = {}
 
   def visit(program, times):
-    program = getattr(program, "jaxpr", program)
-    for equation in program.eqns:
+    for equation in getattr(program, "jaxpr", program).eqns:
       inside = list(_inside(equation.params))
       shared = equation.primitive.name == "shard_map"
       for each in inside:
@@ -303,7 +307,7 @@ def largest_arrays(jaxpr, num_devices: int = 1, count: int = 5) -> list[str]:
           size = times * variable.aval.size * variable.aval.dtype.itemsize
           found[text] = max(size, found.get(text, 0))
 
-  visit(jaxpr, 1)
+  visit(_used(jaxpr), 1)
   largest = sorted(found.items(), key=lambda item: -item[1])[:count]
   return [f"{size / 1e9:.3g} GB  {text}" for text, size in largest]
 

@@ -43,21 +43,33 @@ def test_halving_is_a_strided_convolution_everywhere(platform, monkeypatch):
   monkeypatch.setattr(conv.sharding, "platform", lambda: platform)
   x, bias = _normal(2, 8, 12, 3), _normal(5)
   kernel = _normal(4, 4, 3, 5)
+  inputs, weights, offsets = (
+    torch.tensor(array, requires_grad=True)
+    for array in (x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), bias)
+  )
   expected = torch.nn.functional.conv2d(
-    torch.tensor(x.transpose(0, 3, 1, 2)),
-    torch.tensor(kernel.transpose(3, 2, 0, 1)),
-    torch.tensor(bias),
-    stride=2,
-    padding=1,
+    inputs, weights, offsets, stride=2, padding=1
   )
   params = {"kernel": kernel, "bias": bias}
   traced = jax.jit(conv.HalvingConv(5).apply).trace({"params": params}, x)
   assert ("window_strides=(2, 2)" in str(traced.jaxpr)) == (platform == "tpu")
   np.testing.assert_allclose(
     conv.HalvingConv(5).apply({"params": params}, x),
-    expected.numpy().transpose(0, 2, 3, 1),
+    expected.detach().numpy().transpose(0, 2, 3, 1),
     atol=1e-5,
   )
+  cotangent = _normal(2, 4, 6, 5)
+  expected.backward(torch.tensor(cotangent.transpose(0, 3, 1, 2)))
+  _, pullback = jax.vjp(
+    lambda p, x: conv.HalvingConv(5).apply({"params": p}, x), params, x
+  )
+  of_params, of_x = pullback(jnp.asarray(cotangent))
+  for ours, theirs in (
+    (of_x, inputs.grad.permute(0, 2, 3, 1)),
+    (of_params["kernel"], weights.grad.permute(2, 3, 1, 0)),
+    (of_params["bias"], offsets.grad),
+  ):
+    np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-4)
 
 
 def test_upsample_doubles_the_grid():
@@ -127,6 +139,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_parameters():
   for block in (
     conv.ResidualBlock(16, jnp.bfloat16),
     conv.AttentionBlock(jnp.bfloat16),
+    conv.HalvingConv(4, jnp.bfloat16),
     conv.Downsample(4, dtype=jnp.bfloat16),
     conv.Upsample(4, dtype=jnp.bfloat16),
   ):

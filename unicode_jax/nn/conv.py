@@ -73,7 +73,8 @@ class HalvingConv(nn.Module):
   """A 4x4 convolution of stride 2 and padding 1.
 
   CPUs, on which XLA convolves slowly with a stride, fold squares of positions
-  into one; TPUs would spend more on that than on the products.
+  into one; TPUs would spend more on that than on the products, and GPUs have
+  kernels of their own for a stride.
 
   Attributes:
     features: channels of the output.
