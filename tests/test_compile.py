@@ -58,6 +58,8 @@ def test_the_search_ranks_meshes(host_devices):
     (["--topology=cpu:0"], ["--topology=cpu:0", "cpu:8"]),
     (["--topology=cpu:3"], ["global_batch_size=8", "such as 9"]),
     (["--topology=cpu:8", "--config.mesh.tensor=8"], ["llm.num_heads=2"]),
+    (["--topology=cpu:8", "--slices=2"], ["--slices=2", "processors"]),
+    (["--topology=v5e:2x2", "--slices=0"], ["--slices=0", "1"]),
     (["--topology=cpu:8", "--config.mash.tensor=8"], ["mash.tensor"]),
     ([], ["--topology"]),
   ],
@@ -83,6 +85,21 @@ def test_the_tpu_s_compiler(host_devices, tmp_path):
   (report,) = json.loads(path.read_text())
   assert report["compute_seconds"] > 0 and report["link_seconds"] > 0
   assert 0 < report["mfu_bound"] < 1
+  assert report["network_seconds"] == 0
+  done = compile_(
+    host_devices,
+    *(INSTRUCT, "--topology=v5e:2x2", f"--json={path}", "--nodecode"),
+    *("--slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=4"),
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  assert "2 x v5e:2x2: 8 x TPU v5 lite" in done.stdout
+  (two,) = json.loads(path.read_text())
+  between = [c for c in two["collectives"] if c[-1]]
+  # A chip sums its fourth of the gradients, float32, over the slices, or more
+  # where they are too small to be split; nothing else crosses them.
+  assert {(c[0], c[2]) for c in between} == {("all-reduce", 2)}
+  assert sum(c[4] for c in between) > two["num_parameters"]
+  assert two["network_seconds"] > 0
   done = compile_(
     host_devices,
     *("--config=configs/pretrain.py:debug", "--topology=v5e:1x1", "--nodecode"),

@@ -198,6 +198,43 @@ def test_exchanges_that_only_start(line, size):
   assert found.bytes == size
 
 
+@pytest.mark.parametrize(
+  ("result", "target", "transfer", "kind", "group", "size"),
+  [
+    ("bf16[4,8,128]", '"{1,2}x{0:7}"', "ALL_REDUCE", "all-reduce", 2, 4096 * 2),
+    ("bf16[4,8,128]", '"{1:4}x{0:7}"', "ALL_REDUCE", "all-reduce", 4, 6144 * 2),
+    # Of two pairs of four slices.
+    (
+      *("f32[8,128]", "{{100000,200000},{300000,400000}}"),
+      *("ALL_GATHER", "all-gather", 2, 512 * 4),
+    ),
+    (
+      *("f32[8,128]", '"{1,2,3}x{0:7}"'),
+      *("REDUCE_SCATTER", "reduce-scatter", 3, 2048 * 4),
+    ),
+    ("f32[8,128]", '"{1,2}x{0:7}"', "ONE_TO_ONE", "one-to-one", 2, 1024 * 4),
+  ],
+)
+def test_exchanges_between_slices(result, target, transfer, kind, group, size):
+  """As libtpu writes them: what the hosts receive for a chip."""
+  attributes = (
+    "is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_"
+    f'name="xla_megascale_runtime",_xla_megascale_target={target},_xla_'
+    f'megascale_transfer_type="{transfer}"}}'
+  )
+  sent = f"({result}{{1,0}}, u32[], token[])"
+  text = (
+    "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+    f"  %s = {sent} send(%x, %after), channel_id=4, {attributes}\n"
+    f"  %r = {sent} recv(%after), channel_id=3, {attributes}\n"
+    f"  %h = {sent} recv(%after), channel_id=5, is_host_transfer=true\n"
+    "}\n"
+  )
+  (found,) = compiled.read(text, 16).collectives
+  assert found.between_slices
+  assert (found.kind, found.group, found.bytes) == (kind, group, size)
+
+
 MESSAGE = """RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.51G of 15.75G hbm. Exceeded hbm capacity by 8.76G.
 
   Largest program allocations in hbm:

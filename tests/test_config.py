@@ -581,3 +581,12 @@ def test_devices_that_do_not_fit(overrides, devices, fragments):
   with pytest.raises(ConfigError) as error:
     config_lib.check_devices(check(overrides), devices)
   assert all(fragment in str(error.value) for fragment in fragments)
+
+
+def test_tensor_does_not_cross_slices():
+  config = check({"mesh.tensor": 2})
+  config_lib.check_devices(config, 4, num_slices=2)
+  with pytest.raises(
+    config_lib.ConfigError, match=r"mesh\.tensor=2.* each of 4"
+  ):
+    config_lib.check_devices(config, 4, num_slices=4)

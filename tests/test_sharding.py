@@ -1,8 +1,11 @@
 """Rules, meshes, and where arrays are put."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec as P
+import numpy as np
 import pytest
 
 from unicode_jax import sharding
@@ -179,6 +182,58 @@ def test_a_mesh_that_does_not_cover_the_devices(sizes, message):
   devices = jax.devices()[:1]
   with pytest.raises(ValueError, match=message):
     sharding.make_mesh(*sizes, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """As JAX says of a TPU's."""
+
+  id: int
+  slice_index: int
+  coords: tuple[int, ...]
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+def chips(slices):
+  """Slices of 4 x 2 chips, in an order that says nothing of them."""
+  found = [
+    Chip(8 * number + 4 * y + x, number, (x, y, 0))
+    for number in range(slices)
+    for y in range(2)
+    for x in range(4)
+  ]
+  return found[::2] + found[1::2]
+
+
+@pytest.mark.parametrize(
+  ("slices", "sizes", "warns"),
+  [
+    (1, (1, 8, 1), False),
+    (2, (2, 8, 1), False),
+    (2, (-1, 4, 2), False),
+    (3, (6, 2, 2), False),
+    (2, (1, -1, 2), True),
+    (4, (2, 16, 1), True),
+  ],
+)
+def test_slices_lie_along_data_and_then_fsdp(slices, sizes, warns, caplog):
+  devices = chips(slices)
+  assert sharding.count_slices(devices) == slices
+  with caplog.at_level("WARNING"):
+    mesh = sharding.make_mesh(*sizes, devices=devices)
+  assert ("between slices" in caplog.text) == warns
+  assert mesh.devices.size == len(set(mesh.devices.flat)) == 8 * slices
+  number = np.vectorize(lambda chip: chip.slice_index)(mesh.devices)
+  assert (number == number[:, :, :1]).all()  # Never along `tensor`.
+  assert (number != number[:, :1]).any() == warns
+
+
+def test_tensor_does_not_cross_slices():
+  with pytest.raises(ValueError, match="tensor=16 does not divide the 8"):
+    sharding.make_mesh(1, 1, 16, devices=chips(2))
 
 
 def test_without_a_mesh_nothing_is_constrained():

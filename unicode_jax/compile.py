@@ -7,8 +7,8 @@ r"""Compiles the programs of a config for devices that are not here.
 It says, before anything is paid for, whether the train steps and the decoding
 fit, how they are laid out and what bounds their speed. The TPU compiler does
 this on any Linux machine; topologies are v5e:XxY, v5p:XxYxZ and v6e:XxY, as
-Cloud TPU names them. cpu:N compiles for N processors of this machine, which
-shows layouts and exchanges, but no times.
+Cloud TPU names them, and --slices=2 is two of them. cpu:N compiles for N
+processors of this machine, which shows layouts and exchanges, but no times.
 
 --search compiles the train steps on every sensible mesh, and ranks them.
 """
@@ -86,17 +86,23 @@ def check_topology(topology: str) -> None:
     )
 
 
-def get_devices(topology: str) -> Sequence:
+def get_devices(topology: str, slices: int = 1) -> Sequence:
   """Returns the devices of a topology.
 
   Args:
     topology: See the module's docstring.
+    slices: How many of them; 1 of processors.
 
   Raises:
     ConfigError: If there is no such topology, or no compiler for it.
   """
   check_topology(topology)
   kind, _, shape = topology.partition(":")
+  if kind == "cpu" and slices > 1:
+    raise config_lib.ConfigError(
+      f"--slices={slices} of --topology={topology}: processors have no slices, "
+      "leave --slices out"
+    )
   os.environ["JAX_PLATFORMS"] = "cpu"
   if kind == "cpu":
     flag = f"--xla_force_host_platform_device_count={shape}"
@@ -112,8 +118,13 @@ def get_devices(topology: str) -> Sequence:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   from jax.experimental import topologies
 
+  # A single chip has a host of its own; else they have four or more.
+  single = {*shape.split("x")} == {"1"}
+  more = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, num_slices=slices, **more
+    )
   except Exception as error:  # Of several types, none of them documented.
     reason = str(error).splitlines()[0]
     remedy = (
@@ -150,8 +161,10 @@ def main(overrides: Mapping[str, str]) -> None:
       f"--cache={values.cache} is a file: name a folder"
     )
   configs = load_configs(values.config, overrides)
-  devices = get_devices(values.topology)
-  print(f"{values.topology}: {len(devices)} x {devices[0].device_kind}")
+  devices = get_devices(values.topology, values.slices)
+  times = f"{values.slices} x " if values.slices > 1 else ""
+  kind = devices[0].device_kind
+  print(f"{times}{values.topology}: {len(devices)} x {kind}")
   if values.cache:
     import jax
 
@@ -187,6 +200,7 @@ def run() -> None:
   flags.DEFINE_string(
     "topology", None, "Devices, such as v5e:16x16 or cpu:8.", required=True
   )
+  flags.DEFINE_integer("slices", 1, "How many of them.", lower_bound=1)
   flags.DEFINE_boolean("decode", True, "Compile decoding too.")
   flags.DEFINE_boolean("search", False, "Try meshes, and rank them.")
   flags.DEFINE_string("json", None, "File for the reports.")

@@ -24,6 +24,8 @@ class Chip:
     flops: FLOP/s, bfloat16.
     memory: Bytes.
     links: Bytes/s between chips, all links together, one direction.
+    network: Bytes/s of a chip to other slices, one direction: the network of a
+      pod or host over its chips.
     clock: Cycles/s, which is not published: what makes `flops` of the products
       that its matrix units do in a cycle.
   """
@@ -31,13 +33,14 @@ class Chip:
   flops: float
   memory: int
   links: float
+  network: float
   clock: float
 
 
 CHIPS = {
-  "TPU v5 lite": Chip(197e12, 16 * _GIB, 200e9, 1.5e9),
-  "TPU v5": Chip(459e12, 95 * _GIB, 600e9, 1.75e9),
-  "TPU v6 lite": Chip(918e12, 32 * _GIB, 400e9, 1.75e9),
+  "TPU v5 lite": Chip(197e12, 16 * _GIB, 200e9, 3.125e9, 1.5e9),
+  "TPU v5": Chip(459e12, 95 * _GIB, 600e9, 6.25e9, 1.75e9),
+  "TPU v6 lite": Chip(918e12, 32 * _GIB, 400e9, 12.5e9, 1.75e9),
 }
 
 _COLLECTIVES = (
@@ -69,10 +72,12 @@ class Collective:
   Attributes:
     kind: "all-gather" and so on.
     shape: What comes out, as in "bf16[4096,2048]".
-    group: Devices that exchange.
+    group: Devices that exchange, or slices.
     times: How often a run of the program does it.
     bytes: That a device receives in all of them.
     source: Name of the operation that it serves.
+    between_slices: Whether it takes the network between slices, not the links
+      within one.
   """
 
   kind: str
@@ -81,6 +86,7 @@ class Collective:
   times: int
   bytes: float
   source: str
+  between_slices: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +184,19 @@ def _trips(bodies, line: str) -> int:
 
 def _collective(line: str, times: int, num_devices: int) -> Collective | None:
   """Reads an instruction, None if it is no collective."""
-  match = re.search(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", line)
+  match = re.search(rf" ({'|'.join(_COLLECTIVES)}|recv)(?:-start)?\(", line)
   if match is None:
     return None
   kind, result = match[1], line[: match.start()].partition(" = ")[2]
+  between_slices = kind == "recv"
+  if between_slices:
+    # The TPU compiler splits what crosses slices into steps within each, and
+    # one that the hosts do for a chip and those in its place elsewhere.
+    transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    if transfer is None:
+      return None
+    kind = transfer[1].lower().replace("_", "-")
+    result = result.partition(", u32[]")[0]
   arrays = [
     (name, math.prod(map(int, filter(None, sizes.split(",")))))
     for name, sizes in _ARRAY.findall(result)
@@ -202,19 +217,27 @@ def _collective(line: str, times: int, num_devices: int) -> Collective | None:
     "all-reduce": 2 * share * size,
     "reduce-scatter": share * size * group,
     "all-to-all": share * size,
-    "collective-permute": size,
-  }[kind]
+  }.get(kind, size)
   shapes = ", ".join(
     f"{name}[{sizes}]" for name, sizes in _ARRAY.findall(result)
   )
   source = re.search(r'op_name="([^"]*)"', line)
   return Collective(
-    kind, shapes, group, times, times * received, source[1] if source else ""
+    kind,
+    shapes,
+    group,
+    times,
+    times * received,
+    source[1] if source else "",
+    between_slices,
   )
 
 
 def _group_size(line: str, num_devices: int) -> int:
-  """Returns how many devices a collective is among."""
+  """Returns how many devices, or slices, a collective is among."""
+  if match := re.search(r"_xla_megascale_target=\"?\{+([\d,:]+)", line):
+    ends = [part.split(":") for part in match[1].split(",")]
+    return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
   if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
     return match[1].count(",") + 1
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

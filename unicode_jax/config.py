@@ -1026,7 +1026,10 @@ def _take(
 
 
 def check_devices(
-  config: ConfigDict, num_devices: int, num_processes: int = 1
+  config: ConfigDict,
+  num_devices: int,
+  num_processes: int = 1,
+  num_slices: int = 1,
 ) -> None:
   """Checks batches and mesh against the devices there are.
 
@@ -1034,6 +1037,7 @@ def check_devices(
     config: A validated config.
     num_devices: Devices of all processes together.
     num_processes: Which have them.
+    num_slices: Of which they are, with as many devices each.
 
   Raises:
     ConfigError: If a batch or the mesh does not split over the devices.
@@ -1057,6 +1061,11 @@ def check_devices(
       f"device{'s' if num_devices > 1 else ''}{of}: {remedy}"
     )
   tensor = filled["tensor"]
+  if num_devices // num_slices % tensor:
+    raise ConfigError(
+      f"mesh.tensor={tensor} does not divide the {num_devices // num_slices} "
+      f"devices of each of {num_slices} slices: set it to a divisor of them"
+    )
   if config.stage != "tokenizer" and config.llm.num_heads % tensor:
     raise ConfigError(
       f"llm.num_heads={config.llm.num_heads} does not split over mesh.tensor="

@@ -143,7 +143,8 @@ def make_mesh(
     A mesh with axes `AXES` (automatic partitioning).
 
   Raises:
-    ValueError: If the sizes do not make up the number of devices.
+    ValueError: If the sizes do not make up the number of devices, or `tensor`
+      does not divide that of a slice.
   """
   devices = jax.devices() if devices is None else devices
   sizes = data, fsdp, tensor
@@ -156,10 +157,68 @@ def make_mesh(
       "numbers whose product divides that of the devices"
     )
   # An axis of the mesh may be a part of one of a pod's, such as 2 of 4x4x4.
-  placed = mesh_utils.create_device_mesh(
-    filled, devices, allow_split_physical_axes=True
-  )
+  whole = {"allow_split_physical_axes": True}
+  slices = count_slices(devices)
+  if slices == 1:
+    placed = mesh_utils.create_device_mesh(filled, devices, **whole)
+  else:
+    within, across = _split_over_slices(filled, slices)
+    placed = mesh_utils.create_hybrid_device_mesh(
+      within, across, devices, **whole
+    )
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def count_slices(devices: Sequence[jax.Device] | None = None) -> int:
+  """Returns of how many slices TPUs are; 1 of all that is no TPU.
+
+  Chips of a slice have links to each other, slices the hosts' network.
+
+  Args:
+    devices: Which; None for all devices of all processes.
+  """
+  devices = jax.devices() if devices is None else devices
+  tpus = (device for device in devices if device.platform == "tpu")
+  return len({getattr(tpu, "slice_index", 0) for tpu in tpus}) or 1
+
+
+def _split_over_slices(
+  sizes: Sequence[int], slices: int
+) -> tuple[list[int], list[int]]:
+  """Splits a mesh into that of a slice and that of the slices.
+
+  Along `data` only gradients are exchanged, once a step; along `fsdp` all
+  parameters are, and `tensor` has to stay within a slice.
+
+  Args:
+    sizes: Of `AXES`.
+    slices: Which have as many devices each.
+
+  Returns:
+    Sizes within a slice, and sizes over slices.
+
+  Raises:
+    ValueError: If `tensor` does not fit into a slice.
+  """
+  rest, across = slices, []
+  for size in sizes[:2]:
+    across.append(math.gcd(size, rest))
+    rest //= across[-1]
+  if rest > 1:
+    raise ValueError(
+      f"tensor={sizes[2]} does not divide the {math.prod(sizes) // slices} "
+      "devices of a slice: set it to a divisor of them"
+    )
+  if across[1] > 1:
+    logging.warning(
+      "parameters are gathered over the network between slices, which is far "
+      "slower than the links within one: set mesh.data to a multiple of %d if "
+      "memory allows",
+      slices,
+    )
+  across.append(1)
+  within = [size // over for size, over in zip(sizes, across, strict=True)]
+  return within, across
 
 
 def platform() -> str:

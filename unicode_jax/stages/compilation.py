@@ -39,8 +39,10 @@ class Report:
     executed_flops: Of all chips, in the traced program.
     compute_seconds: The compiler's estimate, without exchanges, and attention's
       kernel, for which it has none, at the chip's peak; 0 without one.
-    link_seconds: Exchanged bytes over the links' published bandwidth.
-    collectives: (kind, shape, devices, times, bytes, source), largest first.
+    link_seconds: Bytes exchanged within a slice over the links' published
+      bandwidth.
+    network_seconds: Bytes exchanged between slices over that of the network.
+    collectives: Fields of `compiled.Collective`, the largest first.
     compile_seconds: Of this machine.
     problem: What does not fit, and the largest arrays; "" if it fits.
     mfu_bound: Share of the chips' peak that the arithmetic takes if all
@@ -62,6 +64,7 @@ class Report:
   executed_flops: float = 0.0
   compute_seconds: float = 0.0
   link_seconds: float = 0.0
+  network_seconds: float = 0.0
   collectives: Sequence[tuple] = ()
   compile_seconds: float = 0.0
   problem: str = ""
@@ -72,7 +75,17 @@ class Report:
     """The least that a step takes, 0 if not known."""
     if not self.compute_seconds:
       return 0.0
-    return max(self.compute_seconds, self.link_seconds)
+    return max(self.compute_seconds, self.link_seconds, self.network_seconds)
+
+  @property
+  def bound_by(self) -> str:
+    """What takes the longest of a step."""
+    seconds = {
+      "work": self.compute_seconds,
+      "links": self.link_seconds,
+      "the network between slices": self.network_seconds,
+    }
+    return max(seconds, key=seconds.get)
 
 
 def compile_program(program, mesh, microbatches: int) -> Report:
@@ -125,9 +138,8 @@ def compile_program(program, mesh, microbatches: int) -> Report:
       if chip
       else 0.0
     ),
-    link_seconds=(
-      sum(c.bytes for c in text.collectives) / chip.links if chip else 0.0
-    ),
+    link_seconds=_received(text, False) / chip.links if chip else 0.0,
+    network_seconds=_received(text, True) / chip.network if chip else 0.0,
     collectives=[dataclasses.astuple(c) for c in text.collectives],
     compile_seconds=seconds,
   )
@@ -139,6 +151,13 @@ def compile_program(program, mesh, microbatches: int) -> Report:
     return dataclasses.replace(report, compute_seconds=0.0)
   return dataclasses.replace(
     report, mfu_bound=flops / (peak * report.step_seconds)
+  )
+
+
+def _received(text: compiled_lib.Text, between_slices: bool) -> float:
+  """Sums what a chip receives, in bytes, from other slices or its own."""
+  return sum(
+    c.bytes for c in text.collectives if c.between_slices == between_slices
   )
 
 
@@ -187,26 +206,29 @@ def describe(report: Report) -> Iterator[str]:
   if report.memory and not report.compute_seconds:
     yield "  time: the compiler's estimates leave pieces out; not known"
   if report.step_seconds:
-    once = ", the loop over new ids counted once" * (report.program == "decode")
-    yield (
+    line = (
       f"  time: {report.compute_seconds:.4g} s of work by the compiler's "
-      f"estimate, {report.link_seconds:.4g} s on the links{once}"
+      f"estimate, {report.link_seconds:.4g} s on the links"
     )
+    if report.network_seconds:
+      line += f", {report.network_seconds:.4g} s on the network between slices"
+    if report.program == "decode":
+      line += ", the loop over new ids counted once"
+    yield line
   if report.mfu_bound:
-    by_work = report.compute_seconds >= report.link_seconds
     yield (
       f"  at best {report.items / report.step_seconds:.4g} {report.unit}/s, "
-      f"MFU {100 * report.mfu_bound:.1f} %, bound by "
-      f"{'work' if by_work else 'links'}"
+      f"MFU {100 * report.mfu_bound:.1f} %, bound by {report.bound_by}"
     )
   total = sum(c[4] for c in report.collectives)
   count = len(report.collectives)
   yield f"  {count} exchanges, {_size(total)} to a chip; the largest:"
-  for kind, shape, group, times, size, source in report.collectives[:_SHOWN]:
+  for collective in report.collectives[:_SHOWN]:
+    kind, shape, group, times, size, source, between_slices = collective
     place = source.rpartition("/")[0].replace("/closed_call", "")[-48:]
     yield (
       f"    {_size(size):>8}  {times:3d} x {kind} {shape[:44]} over {group}"
-      f"  {place}"
+      f"{' slices' * between_slices}  {place}"
     )
   yield f"  compiled in {report.compile_seconds:.0f} s"
 
@@ -227,16 +249,23 @@ def _size(count: float) -> str:
   return f"{count / 1e3:.3g} kB"
 
 
-def meshes(config, num_devices: int) -> Iterator[dict[str, int]]:
-  """Yields the meshes that `--search` tries, as values of `config.mesh`."""
+def meshes(
+  config, num_devices: int, num_slices: int = 1
+) -> Iterator[dict[str, int]]:
+  """Yields the meshes that `--search` tries, as values of `config.mesh`.
+
+  With several slices, `data` is over all of them and more.
+  """
   for tensor in _TENSOR:
-    for data in _DATA:
+    for data in (num_slices * times for times in _DATA):
       fsdp, rest = divmod(num_devices, tensor * data)
       if rest or not fsdp:
         continue
       sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
       try:
-        config_lib.check_devices(_with_mesh(config, sizes, 1), num_devices)
+        config_lib.check_devices(
+          _with_mesh(config, sizes, 1), num_devices, num_slices=num_slices
+        )
       except config_lib.ConfigError:
         continue
       yield sizes
@@ -265,7 +294,9 @@ def compile_config(config, devices, *, decode: bool) -> Iterator[Report]:
   Raises:
     ConfigError: If batches or heads do not split over the devices.
   """
-  config_lib.check_devices(config, len(devices))
+  config_lib.check_devices(
+    config, len(devices), num_slices=sharding.count_slices(devices)
+  )
   mesh = sharding.make_mesh(**config.mesh, devices=devices)
   found = programs.train_programs(config, mesh)
   if decode and config.stage != "tokenizer":
@@ -284,7 +315,7 @@ def search(config, devices) -> list[list[Report]]:
     exchanges the least); those that do not fit are last.
   """
   found = []
-  for sizes in meshes(config, len(devices)):
+  for sizes in meshes(config, len(devices), sharding.count_slices(devices)):
     for microbatches in _MICROBATCHES:
       tried = _with_mesh(config, sizes, microbatches)
       try:

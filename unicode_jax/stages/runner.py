@@ -92,7 +92,12 @@ def prepared(config, workdir: pathlib.Path) -> Iterator[jax.sharding.Mesh]:
   agreement.check_devices()
   with contextlib.ExitStack() as stack:
     with agreement.together():
-      config_lib.check_devices(config, jax.device_count(), jax.process_count())
+      config_lib.check_devices(
+        config,
+        jax.device_count(),
+        jax.process_count(),
+        sharding.count_slices(),
+      )
       run_folder.check(workdir, config)
       if is_main:
         stack.enter_context(files.held(workdir))
