@@ -211,9 +211,8 @@ def _split_over_slices(
     )
   if across[1] > 1:
     logging.warning(
-      "parameters are gathered over the network between slices, which is far "
-      "slower than the links within one: set mesh.data to a multiple of %d if "
-      "memory allows",
+      "parameters are gathered over the network between slices: set mesh.data "
+      "to a multiple of %d if memory allows, and only gradients cross it",
       slices,
     )
   across.append(1)

@@ -11,6 +11,8 @@ import sys
 import dockerfile_parse
 import pytest
 
+from unicode_jax import compile as compile_command, config as config_lib
+
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -50,6 +52,24 @@ def test_the_readme_names_real_commands_and_flags(name):
     flags = command.split(" -- ")[0]
     for flag in re.findall(r"--([a-z_]+)", flags):
       assert flag == "dry_run" or re.search(rf"\b{flag}\b", source), flag
+
+
+@pytest.mark.parametrize("name", ["tpu.sh", "gke.sh", "slurm.sh"])
+def test_what_the_readme_trains_splits_over_what_it_asks_for(name):
+  commands = re.findall(rf"^launch/{name}.*--config=.*", README, re.MULTILINE)
+  assert commands
+  for command in commands:
+    flags, _, training = command.partition(" -- ")
+    values = dict(re.findall(r"--(\w+)=(\S+)", flags))
+    overrides = dict(re.findall(r"--config\.(\S+?)=(\S+)", training))
+    slices = int(values.get("slices", 1))
+    if name == "slurm.sh":
+      devices = int(values["nodes"]) * int(values["gpus_per_node"])
+    else:
+      devices = slices * int(values["accelerator"].rpartition("-")[2])
+    assert "init_from" in overrides
+    configs = compile_command.load_configs(values["config"], overrides)
+    config_lib.check_devices(configs[""], devices, num_slices=slices)
 
 
 def test_all_mount_the_bucket_in_the_same_way():
