@@ -71,18 +71,24 @@ def _without_data(config):
   return config_lib.apply_overrides(config, values)
 
 
-def check_topology(topology: str) -> None:
+def check_topology(topology: str, slices: int = 1) -> None:
   """Checks how a topology is written, before anything is imported.
 
   Args:
     topology: See the module's docstring.
+    slices: How many of them.
 
   Raises:
-    ConfigError: If it is none.
+    ConfigError: If it is none, or one of processors is to have slices.
   """
   if not re.fullmatch(rf"cpu:[1-9]\d{{0,3}}|{_SLICE}", topology, re.ASCII):
     raise config_lib.ConfigError(
       f"--topology={topology} is no kind of device and their number: {_SUCH_AS}"
+    )
+  if topology.startswith("cpu") and slices > 1:
+    raise config_lib.ConfigError(
+      f"--slices={slices} of --topology={topology}: processors have no slices, "
+      "leave --slices out"
     )
 
 
@@ -91,18 +97,13 @@ def get_devices(topology: str, slices: int = 1) -> Sequence:
 
   Args:
     topology: See the module's docstring.
-    slices: How many of them; 1 of processors.
+    slices: How many of them.
 
   Raises:
     ConfigError: If there is no such topology, or no compiler for it.
   """
-  check_topology(topology)
+  check_topology(topology, slices)
   kind, _, shape = topology.partition(":")
-  if kind == "cpu" and slices > 1:
-    raise config_lib.ConfigError(
-      f"--slices={slices} of --topology={topology}: processors have no slices, "
-      "leave --slices out"
-    )
   os.environ["JAX_PLATFORMS"] = "cpu"
   if kind == "cpu":
     flag = f"--xla_force_host_platform_device_count={shape}"
@@ -149,7 +150,7 @@ def main(overrides: Mapping[str, str]) -> None:
     RunError: If a program does not fit.
   """
   values = flags.FLAGS
-  check_topology(values.topology)
+  check_topology(values.topology, values.slices)
   reports_file = pathlib.Path(os.path.expanduser(values.json or "reports"))
   if reports_file.is_dir() or not reports_file.absolute().parent.is_dir():
     raise config_lib.ConfigError(
@@ -200,7 +201,9 @@ def run() -> None:
   flags.DEFINE_string(
     "topology", None, "Devices, such as v5e:16x16 or cpu:8.", required=True
   )
-  flags.DEFINE_integer("slices", 1, "How many of them.", lower_bound=1)
+  flags.DEFINE_integer(
+    "slices", 1, "How many of them.", lower_bound=1, upper_bound=1024
+  )
   flags.DEFINE_boolean("decode", True, "Compile decoding too.")
   flags.DEFINE_boolean("search", False, "Try meshes, and rank them.")
   flags.DEFINE_string("json", None, "File for the reports.")
