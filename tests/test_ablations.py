@@ -224,11 +224,21 @@ def test_what_rows_share_counts_once(parts):
       row: {s: {"metrics": {name: v}} for s, v in enumerate(seeds)}
       for row, seeds in values.items()
     }
-    metric = {m.name: m for m in parts.page.STAGE_ONE + parts.page.READING}[
-      name
-    ]
+    page = parts.page
+    metrics = (*page.STAGE_ONE, *page.READING, *page.LANGUAGE)
+    metric = {m.name: m for m in metrics}[name]
     return parts.page.Table(results, metric).cell("base")
 
+  text = "text/after stage II"
+  language = {
+    "base": [0.1, 0.3],
+    "frozen": [0.2, 0.5],
+    "test_40": [0.1, 0.3],  # Shares all that is trained with the base row.
+    "text_0": [7.0, 9.0],  # Learns no text there.
+  }
+  two = {row: language[row] for row in ("base", "frozen")}
+  assert cell(language, text) == cell(two, text)
+  assert cell(language, "vqa/all") != cell(two, "vqa/all")
   assert cell(rows, "psnr") == cell(psnr, "psnr")
   assert cell(rows, "vqa/all") != cell(psnr, "vqa/all")
   assert parts.page.share_stage_one(["base", "separate", "text_0"])
@@ -283,8 +293,7 @@ def test_every_result_is_diagnosed_by_its_own_run(parts):
     last = row.links[-1].name
     assert entry["run"] == f"{last}_{row.key(seed, len(row.links))}", path
     values = entry["values"]
-    reads = row.links[-1].values["instruct.tasks.text"] > 0
-    assert ("text, training" in values) == reads, path
+    assert ("text, training" in values) == row.learns_text, path
     assert "text, held out" in values, path
     assert ("drawing, held out" in values) == row.draws, path
     if "text, held out, probed" in values:  # As training itself evaluates it.

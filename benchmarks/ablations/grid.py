@@ -134,6 +134,11 @@ class Row:
     """Whether its last link learns to draw."""
     return self.links[-1].values["instruct.tasks.text_to_image"] > 0
 
+  @property
+  def learns_text(self) -> bool:
+    """Whether its last link learns text."""
+    return self.links[-1].values["instruct.tasks.text"] > 0
+
   def key(self, seed: int, count: int | None = None) -> str:
     """Returns a name of what the first `count` links make.
 

@@ -164,8 +164,10 @@ class Table:
   Rows are compared with the base row between runs of the same seed, which begin
   alike: the model has an effect of each row and of each seed, and one standard
   deviation of what is left, from all rows of the grid (rows that share what the
-  metric is of count once). Intervals are Student's, 95 %; p-values are
-  two-sided, and Holm's over the rows of a family, the intervals are not.
+  metric is of count once; those without text in stage II, which lose it each in
+  its own way, not for that of text after it). Intervals are Student's, 95 %;
+  p-values are two-sided, and Holm's over the rows of a family, the intervals
+  are not.
   """
 
   def __init__(self, results, metric: Metric):
@@ -185,8 +187,13 @@ class Table:
           self.values[row, seed] = self._scaled(value)
     distinct, known = {}, set()
     for (row, seed), value in self.values.items():
-      entry = grid.ROWS[row]
-      key = entry.key(seed, entry.stage1 + 1) if metric in STAGE_ONE else row
+      entry, key = grid.ROWS[row], row
+      if metric in STAGE_ONE:
+        key = entry.key(seed, entry.stage1 + 1)
+      elif metric in LANGUAGE:
+        if not entry.learns_text:
+          continue
+        key = repr((entry.links, entry.llm))
       if row not in NOT_COMPARED and (key, seed) not in known:
         known.add((key, seed))
         distinct[row, seed] = value
