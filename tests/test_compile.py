@@ -95,10 +95,11 @@ def test_the_tpu_s_compiler(host_devices, tmp_path):
   assert "2 x v5e:2x2: 8 x TPU v5 lite" in done.stdout
   (two,) = json.loads(path.read_text())
   between = [c for c in two["collectives"] if c[-1]]
-  # A chip sums its fourth of the gradients, float32, over the slices, or more
-  # where they are too small to be split; nothing else crosses them.
+  # Gradients are summed over the slices, float32: a fourth of them by a chip,
+  # or all where they are too small to be split, in tiles of 8 x 128.
   assert {(c[0], c[2]) for c in between} == {("all-reduce", 2)}
-  assert sum(c[4] for c in between) > two["num_parameters"]
+  crossing = sum(c[4] for c in between)
+  assert two["num_parameters"] < crossing < 16 * two["num_parameters"]
   assert two["network_seconds"] > 0
   done = compile_(
     host_devices,

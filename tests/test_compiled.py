@@ -171,6 +171,33 @@ def test_the_tpu_compiler_s_text():
   assert exchange.bytes == 32 * (256 * 128 * 2) * 127 / 128
 
 
+PEELED = """%body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %g = f32[8]{0} all-reduce(%c), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+}
+
+%condition (c: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(4)
+  %turn = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%turn, %limit), direction=LT
+}
+
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %first = f32[8]{0} all-reduce(%p), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%add
+  %one = s32[]{:T(128)} constant(1)
+  %begin = s32[]{:T(128)} copy(%one), backend_config={}
+  %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%begin, %first)
+  %w = (s32[]{:T(128)}, f32[8]{0}) while(%t), condition=%condition, body=%body
+}
+"""  # noqa: E501
+
+
+def test_a_loop_whose_first_turn_was_peeled():
+  """Both exchanges share a channel; together they are four."""
+  found = compiled.read(PEELED, 8).collectives
+  assert sorted(exchange.times for exchange in found) == [1, 3]
+  assert sum(exchange.bytes for exchange in found) == 4 * (8 * 4) * 2 * 3 / 4
+
+
 @pytest.mark.parametrize(
   ("line", "size"),
   [
@@ -212,7 +239,15 @@ def test_exchanges_that_only_start(line, size):
       *("f32[8,128]", '"{1,2,3}x{0:7}"'),
       *("REDUCE_SCATTER", "reduce-scatter", 3, 2048 * 4),
     ),
-    ("f32[8,128]", '"{1,2}x{0:7}"', "ONE_TO_ONE", "one-to-one", 2, 1024 * 4),
+    # As many bytes of each chip go to its own slice as to the other one.
+    (
+      *("f32[8,128]", "{{100000,100001,200000,200001}}"),
+      *("ALL_TO_ALL", "all-to-all", 2, 512 * 4),
+    ),
+    (
+      *("f32[8,128]", "{{100000->200000},{200000->100000}}"),
+      *("ONE_TO_ONE", "one-to-one", 2, 1024 * 4),
+    ),
   ],
 )
 def test_exchanges_between_slices(result, target, transfer, kind, group, size):
@@ -278,3 +313,4 @@ def test_chips(name):
   assert 1e14 < chip.flops < 1e16
   assert 16 * 2**30 <= chip.memory < 2**38
   assert 1e11 < chip.links < 1e12
+  assert 1e9 < chip.network < chip.links / 10

@@ -120,8 +120,7 @@ def get_devices(topology: str, slices: int = 1) -> Sequence:
   from jax.experimental import topologies
 
   # A single chip has a host of its own; else they have four or more.
-  single = {*shape.split("x")} == {"1"}
-  more = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+  more = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
   try:
     found = topologies.get_topology_desc(
       platform="tpu", topology_name=topology, num_slices=slices, **more

@@ -115,7 +115,7 @@ def read(text: str, num_devices: int) -> Text:
   """
   bodies, entry = _computations(text)
   cycles = 0.0
-  found: dict[tuple[str, ...], Collective] = {}
+  found: dict[tuple, Collective] = {}
   for name, (times, fused) in _times(bodies, entry).items():
     for line in bodies[name]:
       if not fused and (match := _CYCLES.search(line)):
@@ -127,10 +127,11 @@ def read(text: str, num_devices: int) -> Text:
           collective, kind="reduce-scatter", bytes=collective.bytes / 2
         )
       if collective is not None:
-        # The pieces of one that other work is fused with share a channel.
+        # The pieces of one that other work is fused with share a channel;
+        # outside of fusions different ones may.
         channel = re.search(r"channel_id=(\d+)", line)
-        place = channel[1] if channel else f"{name} {line}"
-        key = place, collective.kind, collective.shape, collective.source
+        piece = channel[0] if fused and channel else f"{name} {line}"
+        key = piece, times, collective.kind, collective.shape, collective.source
         found[key] = collective
   ordered = sorted(found.values(), key=lambda c: -c.bytes)
   return Text(cycles, tuple(ordered))
@@ -162,15 +163,21 @@ def _times(bodies, entry: str) -> dict[str, tuple[int, bool]]:
       for how, names in _CALLS.findall(line):
         if how == "to_apply" and " call(" not in line:
           continue  # The sum of a reduction.
-        trips = _trips(bodies, line) if how == "body" else 1
+        trips = _trips(bodies, bodies[name], line) if how == "body" else 1
         inside = fused or (how == "calls" and " fusion(" in line)
         for called in names.replace("%", "").rstrip(", ").split(", "):
           pending.append((called, times * trips, inside))
   return result
 
 
-def _trips(bodies, line: str) -> int:
-  """Returns how often a loop runs; 1 where that is not written."""
+def _trips(bodies, around: list[str], line: str) -> int:
+  """Returns how often a loop runs; 1 where that is not written.
+
+  Args:
+    bodies: Of `_computations`.
+    around: The lines that the loop is among.
+    line: The loop.
+  """
   if match := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
     return int(match[1])
   condition = re.search(r"condition=%([\w.\-]+)", line)
@@ -179,7 +186,32 @@ def _trips(bodies, line: str) -> int:
     for text in bodies[condition[1]]
     for value in re.findall(r" s32\[\]\S* constant\((\d+)\)", text)
   }
-  return limits.pop() if len(limits) == 1 else 1
+  if len(limits) != 1:
+    return 1
+  return limits.pop() - _first(bodies[condition[1]], around, line)
+
+
+def _first(condition: list[str], around: list[str], line: str) -> int:
+  """Returns what a loop counts from, which is 1 if its first turn was peeled.
+
+  Args:
+    condition: Its lines, which compare an element of what the loop carries.
+    around: The lines that the loop is among.
+    line: The loop.
+  """
+  made = dict(
+    text.strip().removeprefix("ROOT ").split(" = ", 1) for text in around
+  )
+  index = re.search(r"get-tuple-element\(.*index=(\d+)", "\n".join(condition))
+  carried = re.search(r" while\((%[\w.\-]+)\)", line)
+  made_of = re.search(r" tuple\((.*)\)", made.get(carried and carried[1], ""))
+  if not index or not made_of:
+    return 0
+  name = re.findall(r"%[\w.\-]+", made_of[1])[int(index[1])]
+  while copied := re.search(r" copy\((%[\w.\-]+)\)", made.get(name, "")):
+    name = copied[1]
+  found = re.search(r" constant\((\d+)\)", made.get(name, ""))
+  return int(found[1]) if found else 0
 
 
 def _collective(line: str, times: int, num_devices: int) -> Collective | None:
@@ -235,9 +267,12 @@ def _collective(line: str, times: int, num_devices: int) -> Collective | None:
 
 def _group_size(line: str, num_devices: int) -> int:
   """Returns how many devices, or slices, a collective is among."""
-  if match := re.search(r"_xla_megascale_target=\"?\{+([\d,:]+)", line):
+  if match := re.search(r'_xla_megascale_target="\{([\d,:]+)\}', line):
     ends = [part.split(":") for part in match[1].split(",")]
     return sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+  # Else devices: slice times 100000 and number, in groups or from one to one.
+  if match := re.search(r"_xla_megascale_target=\{\{([^}]*)\}", line):
+    return len({int(n) // 100_000 for n in re.findall(r"\d+", match[1])})
   if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
     return match[1].count(",") + 1
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):

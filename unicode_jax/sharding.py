@@ -187,8 +187,8 @@ def _split_over_slices(
 ) -> tuple[list[int], list[int]]:
   """Splits a mesh into that of a slice and that of the slices.
 
-  Along `data` only gradients are exchanged, once a step; along `fsdp` all
-  parameters are, and `tensor` has to stay within a slice.
+  Along `data` mostly gradients are exchanged; along `fsdp` all parameters are,
+  and `tensor` has to stay within a slice.
 
   Args:
     sizes: Of `AXES`.
@@ -212,7 +212,7 @@ def _split_over_slices(
   if across[1] > 1:
     logging.warning(
       "parameters are gathered over the network between slices: set mesh.data "
-      "to a multiple of %d if memory allows, and only gradients cross it",
+      "to a multiple of %d if memory allows, and mostly gradients cross it",
       slices,
     )
   across.append(1)

@@ -70,6 +70,7 @@ def test_what_the_readme_trains_splits_over_what_it_asks_for(name):
     assert "init_from" in overrides
     configs = compile_command.load_configs(values["config"], overrides)
     config_lib.check_devices(configs[""], devices, num_slices=slices)
+    assert configs[""].mesh.data % slices == 0
 
 
 def test_all_mount_the_bucket_in_the_same_way():

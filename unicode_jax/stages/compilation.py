@@ -146,7 +146,7 @@ def compile_program(program, mesh, microbatches: int) -> Report:
   if not report.step_seconds or not flops:
     return report
   peak = chip.flops * mesh.size
-  if executed > peak * report.step_seconds:
+  if executed > peak * report.compute_seconds:
     # The chips cannot do so much: some pieces have no estimate.
     return dataclasses.replace(report, compute_seconds=0.0)
   return dataclasses.replace(
@@ -254,7 +254,8 @@ def meshes(
 ) -> Iterator[dict[str, int]]:
   """Yields the meshes that `--search` tries, as values of `config.mesh`.
 
-  With several slices, `data` is over all of them and more.
+  With several slices, `data` lies over all of them: `fsdp` over slices is not
+  tried.
   """
   for tensor in _TENSOR:
     for data in (num_slices * times for times in _DATA):
@@ -313,13 +314,18 @@ def search(config, devices) -> list[list[Report]]:
   Returns:
     Reports of each mesh, the fastest first (where no time is known, what
     exchanges the least); those that do not fit are last.
+
+  Raises:
+    ConfigError: If the batch splits over none of them.
   """
   found = []
   for sizes in meshes(config, len(devices), sharding.count_slices(devices)):
     for microbatches in _MICROBATCHES:
       tried = _with_mesh(config, sizes, microbatches)
       try:
-        config_lib.check_devices(tried, len(devices))
+        config_lib.check_devices(
+          tried, len(devices), num_slices=sharding.count_slices(devices)
+        )
       except config_lib.ConfigError:
         break
       reports = list(compile_config(tried, devices, decode=False))
@@ -328,6 +334,11 @@ def search(config, devices) -> list[list[Report]]:
       found.append(reports)
       if all(report.fits for report in reports):
         break
+  if not found:
+    raise config_lib.ConfigError(
+      f"no mesh that is tried splits the batch over {len(devices)} devices: "
+      "choose another global_batch_size, or --config.mesh without --search"
+    )
   return sorted(
     found,
     key=lambda reports: (
