@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from unicode_jax.stages import compilation
+
 INSTRUCT = "--config=configs/instruct.py:debug"
 
 
@@ -69,6 +71,33 @@ def test_what_cannot_be_compiled_is_one_line(host_devices, flags, fragments):
   assert done.returncode == 2
   (line,) = done.stderr.strip().splitlines()
   assert all(fragment in line for fragment in fragments), line
+
+
+@pytest.mark.parametrize(
+  ("work", "fragments"),
+  [
+    (0.25, ["0.25 s of work", "MFU 40.0 %, bound by the network"]),
+    (0.0, ["work not known"]),
+  ],
+)
+def test_exchanges_are_told_whether_the_work_is_known_or_not(work, fragments):
+  report = compilation.Report(
+    program="instruct",
+    mesh={"data": 2, "fsdp": 4, "tensor": 1},
+    microbatches=1,
+    num_parameters=7_000_000_000,
+    unit="tokens",
+    items=4096,
+    fits=True,
+    memory=16_000_000_000,
+    compute_seconds=work,
+    link_seconds=0.125,
+    network_seconds=0.5,
+    mfu_bound=0.4 if work else 0.0,
+  )
+  text = "\n".join(compilation.describe(report))
+  fragments = [*fragments, "0.125 s on the links", "0.5 s on the network"]
+  assert all(fragment in text for fragment in fragments), text
 
 
 @pytest.mark.skipif(

@@ -203,13 +203,14 @@ def describe(report: Report) -> Iterator[str]:
       f"  work: {report.flops:.3g} FLOP by arithmetic; the program has "
       f"{again:.2f} times as many in its products"
     )
-  if report.memory and not report.compute_seconds:
-    yield "  time: the compiler's estimates leave pieces out; not known"
-  if report.step_seconds:
-    line = (
-      f"  time: {report.compute_seconds:.4g} s of work by the compiler's "
-      f"estimate, {report.link_seconds:.4g} s on the links"
-    )
+  if report.memory:
+    line = "  time: "
+    if report.compute_seconds:
+      line += f"{report.compute_seconds:.4g} s of work by the compiler's "
+      line += "estimate"
+    else:
+      line += "work not known (the compiler's estimates leave pieces out)"
+    line += f", {report.link_seconds:.4g} s on the links"
     if report.network_seconds:
       line += f", {report.network_seconds:.4g} s on the network between slices"
     if report.program == "decode":
