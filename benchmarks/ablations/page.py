@@ -561,13 +561,20 @@ def plot_nats(results, found, target: pathlib.Path) -> str:
   # The others lie around the base row.
   named = {*grid.FAMILIES["quantizer"].rows, *grid.FAMILIES["space"].rows}
   named |= {"projected"}
-  figure, axis = plt.subplots(figsize=(7.5, 4.5))
-  for row, (nats, right) in points.items():
+  figure, axis = plt.subplots(figsize=(9.0, 5.4))
+  above = True
+  for row, (nats, right) in sorted(points.items(), key=lambda item: item[1][0]):
     color = "black" if row == BASE else "tab:blue"
     axis.plot([nats], [right], "o", color=color, alpha=0.6)
     if row in named:
-      axis.annotate(row, (nats, right), fontsize=7, xytext=(3, 3), **_POINTS)
+      place = {"xytext": (4, 3) if above else (-4, -8), **_POINTS}
+      side = "left" if above else "right"
+      axis.annotate(row, (nats, right), fontsize=7, ha=side, **place)
+      above = not above  # Rows of like cost lie beside each other.
   axis.set_xscale("log")
+  axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+  axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
+  axis.xaxis.set_minor_locator(ticker.NullLocator())
   axis.set_xlabel("nats of a held-out picture, given its caption")
   axis.set_ylabel(DRAWING[0].title)
   figure.tight_layout()
@@ -594,7 +601,7 @@ def total_hours(results) -> str:
   wanted = len(grid.ROWS) * len(grid.SEEDS)
   return (
     f"{count} of {wanted} results ({len(grid.ROWS)} rows, {len(grid.SEEDS)} "
-    f"seeds), {hours:.1f} hours of one core so far; "
+    f"seeds), {hours:.1f} hours of one core; "
     f"{', '.join(sorted(machines))}; revisions {', '.join(sorted(revisions))}."
   )
 
