@@ -69,6 +69,7 @@ parse() {
       --*)
         name=${1%%=*}
         name=${name#--}
+        [[ $name != config.* ]] || die "--$name is the training's: put it behind --"
         [[ " $known " == *" $name "* ]] ||
           die "there is no flag --$name: choose from --${known// / --} --dry_run --help"
         [[ $1 == *=* ]] || die "--$name needs a value: --$name=VALUE"
@@ -99,18 +100,23 @@ check_run() { check RUN '[a-z]([a-z0-9-]{0,26}[a-z0-9])?' 'NAME of up to 28 smal
 
 check_project() { check PROJECT '([a-z0-9.-]+:)?[a-z][a-z0-9-]{4,28}[a-z0-9]' my-project; }
 
-# Sets TRAINING, what each process runs: check_training PLATFORM WORKDIR. The
-# folder is the run's own, so that the same command goes on where it stopped.
+# Sets TRAINING, what each process runs, and CONFIG_FILE, of this clone:
+# check_training PLATFORM WORKDIR. The folder is the run's own, so that the same
+# command goes on where it stopped.
 check_training() {
-  local file word mounted='so mount the bucket on all nodes'
+  local word mounted='so mount the bucket on all nodes'
   [[ -z $BUCKET_FOLDER ]] || mounted="and has gs://$BUCKET as $BUCKET_FOLDER"
   check CONFIG '.*[^ ].*' configs/instruct.py:paper
-  file=${CONFIG%%.py:*}
-  [[ $file == "$CONFIG" ]] || file+=.py
-  [[ $file != configs/* || -f $ROOT/$file ]] ||
-    die "--config='$CONFIG' cannot be used: there is no $file here"
+  CONFIG_FILE=${CONFIG%%.py:*}
+  [[ $CONFIG_FILE == "$CONFIG" ]] || CONFIG_FILE+=.py
+  [[ $CONFIG_FILE != configs/* || -f $ROOT/$CONFIG_FILE ]] ||
+    die "--config='$CONFIG' cannot be used: there is no $CONFIG_FILE here"
   for word in "$2" "$CONFIG" ${EXTRA[@]+"${EXTRA[@]}"}; do
     [[ $word != *gs://* ]] || die "'$word' cannot be used: the training knows folders alone, $mounted"
+    case ${word%%=*} in --workdir | --config | --config.distributed | --config.platform)
+      die "'$word' behind -- cannot be used: the launcher sets ${word%%=*} itself"
+      ;;
+    esac
   done
   TRAINING=(
     python -m unicode_jax.main "--config=$CONFIG" "--workdir=$2"

@@ -255,13 +255,18 @@ case $COMMAND in create | watch | all)
 esac
 case $COMMAND in copy | watch | all)
   check REVISION '[^ -][^ ]*' HEAD
-  [[ $DRY_RUN == true ]] || git -C "$ROOT" cat-file -e "$REVISION:launch/worker.sh" 2>/dev/null ||
+  git -C "$ROOT" cat-file -e "$REVISION:launch/worker.sh" 2>/dev/null ||
     die "--revision='$REVISION' cannot be used: it is no commit of this clone that has launch/worker.sh"
   ;;
 esac
 case $COMMAND in run | watch | all)
   check_bucket
   check_training tpu "$BUCKET_FOLDER/$RUN"
+  ;;
+esac
+case $COMMAND in watch | all) # They copy what they run.
+  [[ $CONFIG_FILE != configs/* ]] || git -C "$ROOT" cat-file -e "$REVISION:$CONFIG_FILE" 2>/dev/null ||
+    die "--config='$CONFIG' cannot be used: $CONFIG_FILE is not in $REVISION, which is what is copied; commit it"
   ;;
 esac
 WHERE=("--project=$PROJECT" "--zone=$ZONE")

@@ -52,6 +52,8 @@ def test_the_search_ranks_meshes(host_devices):
   ranked = done.stdout.partition("ranked:\n")[2].splitlines()
   # data 1, 2, 4 by tensor 1, and 1, 2 by 2: there are two heads.
   assert len({line.split(":")[0] for line in ranked}) == len(ranked) == 5
+  assert "mesh 5 of 5:" in done.stdout
+  assert all("in a time not known" in line for line in ranked)  # No TPU's.
 
 
 @pytest.mark.parametrize(
@@ -61,6 +63,16 @@ def test_the_search_ranks_meshes(host_devices):
     (["--topology=cpu:3"], ["global_batch_size=8", "such as 9"]),
     (["--topology=cpu:8", "--config.mesh.tensor=8"], ["llm.num_heads=2"]),
     (["--topology=cpu:8", "--slices=2"], ["--slices=2", "processors"]),
+    (
+      ["--topology=cpu:8", "--config.data.source=parquet"],
+      ["data.source='parquet'", "arrayrecord"],
+    ),
+    (["--topology=cpu:9999"], ["cpu:9999", "cpu:1024"]),
+    (["--topology=cpu:8", "--cache=gs://b/c"], ["--cache=gs://b/c", "mount"]),
+    (
+      ["--topology=cpu:8", "--config.data.path=gs://b/c"],
+      ["data.path=gs://b/c", "mount"],
+    ),
     (["--topology=v5e:2x2", "--slices=0"], ["--slices=0"]),
     (["--topology=cpu:8", "--config.mash.tensor=8"], ["mash.tensor"]),
     ([], ["--topology"]),
@@ -71,6 +83,31 @@ def test_what_cannot_be_compiled_is_one_line(host_devices, flags, fragments):
   assert done.returncode == 2
   (line,) = done.stderr.strip().splitlines()
   assert all(fragment in line for fragment in fragments), line
+
+
+def test_a_time_that_is_not_known_is_not_the_shortest():
+  def report(**values):
+    return compilation.Report(
+      program="instruct",
+      mesh={"data": 1, "fsdp": 4, "tensor": 1},
+      microbatches=1,
+      num_parameters=7_000_000_000,
+      unit="tokens",
+      items=4096,
+      **{"fits": True, "memory": 16_000_000_000, **values},
+    )
+
+  slow, fast = report(compute_seconds=0.5), report(compute_seconds=0.25)
+  unknown, too_large = report(), report(fits=False)
+  bound_by_links = report(compute_seconds=0.25, link_seconds=0.375)
+  found = [too_large, unknown, slow, bound_by_links, fast]
+  ranked = compilation.rank([[report] for report in found])
+  expected = [fast, bound_by_links, slow, unknown, too_large]
+  assert [report for (report,) in ranked] == expected
+  # Of two programs both times are wanted.
+  assert compilation.rank([[fast, unknown], [slow, slow]])[0] == [slow, slow]
+  line = compilation.rank_line([unknown])
+  assert "not known" in line and "0 s" not in line and "MFU" not in line
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,8 @@ from unicode_jax import config as config_lib, files, interruption
 
 # EX_IOERR of sysexits.h.
 DISK_STATUS = 74
+# Flags of commands that name files or folders.
+_PATHS = ("workdir", "out", "out_dir", "path", "captions", "cache", "json")
 # What a user can mend by naming something else; others may pass by themselves.
 _WRONG_PATH = {
   errno.EACCES,
@@ -168,6 +170,9 @@ def _checked(main: Callable, argv: list[str]):
     raise config_lib.ConfigError(
       f"unexpected argument {argv[1]!r}: put values of several words in quotes"
     )
+  for name in _PATHS:
+    if name in flags.FLAGS:
+      config_lib.check_folder(f"--{name}", flags.FLAGS[name].value or "")
   if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)  # What libraries say is no progress.
     # Orbax logs the traces of errors that it raises as well, and asyncio those

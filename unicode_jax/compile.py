@@ -10,7 +10,8 @@ this on any Linux machine; topologies are v5e:XxY, v5p:XxYxZ and v6e:XxY, as
 Cloud TPU names them, and --slices=2 is two of them. cpu:N compiles for N
 processors of this machine, which shows layouts and exchanges, but no times.
 
---search compiles the train steps on every sensible mesh, and ranks them.
+--search compiles the train steps on every sensible mesh, as long for each as
+without it, and ranks them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,10 @@ from unicode_jax import command, config as config_lib
 # How Cloud TPU writes slices: chips along each of two or three axes.
 _SLICE = r"v\d\w*:[1-9]\d{0,3}(x[1-9]\d{0,3}){1,2}"
 _SUCH_AS = "use one such as v5e:4x4, v5p:2x2x2, v6e:4x4 or cpu:8"
-# What the data is does not change a program.
-_DATA_KEYS = ("path", "captions", "conversations", "tfds")
+_MOST_PROCESSORS = 1024
+# What the data is does not change a program, nor which tokens mean what.
+_DATA_KEYS = ("data.path", "data.captions", "data.conversations", "data.tfds")
+_NOT_READ = {*_DATA_KEYS, "data.source", "text.tokenizer_path"}
 
 
 def load_configs(spec: str, overrides: Mapping[str, str]) -> dict:
@@ -39,15 +42,24 @@ def load_configs(spec: str, overrides: Mapping[str, str]) -> dict:
     overrides: Values of --config.KEY=VALUE.
 
   Returns:
-    Validated configs by link. Stage II takes its model from the run that it
-    starts from, or from the preset of the same name of pretrain.py beside it if
-    there is no such run.
+    Validated configs by link. Folders of data, which may be those of a pod,
+    need not be there. Stage II takes its model from the run that it starts
+    from, or from the preset of the same name of pretrain.py beside it if there
+    is no such run.
 
   Raises:
     ConfigError: If the config cannot run.
   """
   links = config_lib.load_links(spec)
-  links = {name: _without_data(config) for name, config in links.items()}
+  for name, config in links.items():
+    not_read = {key: {key, f"{name}.{key}"} & {*overrides} for key in _NOT_READ}
+    for key, given in not_read.items():
+      for chosen in given:  # It is to be right all the same.
+        tried = config_lib.apply_overrides(config, {key: overrides[chosen]})
+        config_lib.check_model(tried)
+    links[name] = _without_data(config)
+    given = set().union(*not_read.values())
+    overrides = {k: v for k, v in overrides.items() if k not in given}
   config = links.get("")
   if config is None or config.stage != "instruct":
     return config_lib.resolve_links(links, overrides, "run")
@@ -57,15 +69,15 @@ def load_configs(spec: str, overrides: Mapping[str, str]) -> dict:
   if not start.is_file():
     path = pathlib.Path(spec.split(".py:")[0]).parent / "pretrain.py"
     given = config_lib.load(f"{path}:{config.preset}")
-    print(f"no run in {config.init_from}: the model is that of {path}")
+    preset = f"{path}:{config.preset}".rstrip(":")
+    print(f"no run in {config.init_from}: the model is that of {preset}")
   config = config_lib.inherit(config, tuple(overrides), given)
   return {"": config_lib.validate(config)}
 
 
 def _without_data(config):
   """Returns a config that reads nothing."""
-  values = {f"data.{key}": None for key in _DATA_KEYS}
-  values |= {"data.source": "embedded"}
+  values = {key: None for key in _DATA_KEYS} | {"data.source": "embedded"}
   if config.text.tokenizer_path is None:
     values["text.tokenizer_path"] = os.curdir  # It is not read.
   return config_lib.apply_overrides(config, values)
@@ -85,10 +97,18 @@ def check_topology(topology: str, slices: int = 1) -> None:
     raise config_lib.ConfigError(
       f"--topology={topology} is no kind of device and their number: {_SUCH_AS}"
     )
-  if topology.startswith("cpu") and slices > 1:
+  kind, _, shape = topology.partition(":")
+  if kind != "cpu":
+    return
+  if int(shape) > _MOST_PROCESSORS:
+    raise config_lib.ConfigError(
+      f"--topology={topology} is more than can be played on this machine: use "
+      f"up to cpu:{_MOST_PROCESSORS}"
+    )
+  if slices > 1:
     raise config_lib.ConfigError(
       f"--slices={slices} of --topology={topology}: processors have no slices, "
-      "leave --slices out"
+      "leave --slices out, or name a TPU's topology"
     )
 
 
@@ -171,7 +191,7 @@ def main(overrides: Mapping[str, str]) -> None:
     jax.config.update("jax_compilation_cache_dir", values.cache)
   from unicode_jax.stages import compilation
 
-  reports = []
+  reports, fits = [], True
   for name, config in configs.items():
     if name:
       print(f"{name}:")
@@ -180,17 +200,19 @@ def main(overrides: Mapping[str, str]) -> None:
       print("ranked:")
       for found in ranked:
         print(compilation.rank_line(found))
-      reports += [report for found in ranked[:1] for report in found]
+      reports += [report for found in ranked for report in found]
+      fits &= all(report.fits for report in ranked[0])
       continue
     for report in compilation.compile_config(
       config, devices, decode=values.decode
     ):
       print("\n".join(compilation.describe(report)), flush=True)
       reports.append(report)
+      fits &= report.fits
   if values.json:
     text = json.dumps([dataclasses.asdict(r) for r in reports], indent=1)
     reports_file.write_text(text + "\n", encoding="utf-8")
-  if not all(report.fits for report in reports):
+  if not fits:
     raise config_lib.RunError("not all programs fit")
 
 
@@ -204,7 +226,9 @@ def run() -> None:
     "slices", 1, "How many of them.", lower_bound=1, upper_bound=1024
   )
   flags.DEFINE_boolean("decode", True, "Compile decoding too.")
-  flags.DEFINE_boolean("search", False, "Try meshes, and rank them.")
+  flags.DEFINE_boolean(
+    "search", False, "Try meshes, and microbatches where one does not fit."
+  )
   flags.DEFINE_string("json", None, "File for the reports.")
   flags.DEFINE_string(
     "cache",

@@ -1025,6 +1025,13 @@ def _take(
   return apply_overrides(config, inherited)
 
 
+def fill_mesh(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+  """Returns the sizes of a mesh, with what is left over in place of -1."""
+  known = math.prod(size for size in sizes.values() if size != -1)
+  rest = num_devices // known
+  return {axis: rest if n == -1 else n for axis, n in sizes.items()}
+
+
 def check_devices(
   config: ConfigDict,
   num_devices: int,
@@ -1043,9 +1050,7 @@ def check_devices(
     ConfigError: If a batch or the mesh does not split over the devices.
   """
   sizes = dict(config.mesh)
-  known = math.prod(size for size in sizes.values() if size != -1)
-  rest = num_devices // known
-  filled = {axis: rest if n == -1 else n for axis, n in sizes.items()}
+  filled = fill_mesh(sizes, num_devices)
   if math.prod(filled.values()) != num_devices:
     chosen = [f"mesh.{axis}={n}" for axis, n in sizes.items() if n > 1]
     if -1 in sizes.values():
@@ -1136,12 +1141,30 @@ def apply_overrides(
       value = _read(key, value)
     value = _check_type(key, value)
     if isinstance(value, str) and key in FOLDERS:
+      check_folder(key, value)
       value = os.path.expanduser(value)
     section, _, leaf = key.rpartition(".")
     holder = functools.reduce(getattr, filter(None, section.split(".")), config)
     with holder.unlocked():
       holder[leaf] = value
   return config.lock()
+
+
+def check_folder(name: str, value: str) -> None:
+  """Refuses the address of a bucket where a file or folder is wanted.
+
+  Args:
+    name: Of the flag or setting.
+    value: What it was set to.
+
+  Raises:
+    ConfigError: If it is an address.
+  """
+  if "://" in value:
+    raise ConfigError(
+      f"{name}={value} is no folder: mount the bucket (gcsfuse for gs://) on "
+      "every host, and name the folder"
+    )
 
 
 def split_overrides(

@@ -53,11 +53,6 @@ def main(overrides: Mapping[str, str]) -> None:
   config = next(iter(links.values()))
   file = pathlib.Path(_CONFIG.value.split(".py:")[0])
   name = file.stem if len(links) > 1 else config.stage
-  if "://" in (_WORKDIR.value or ""):
-    raise config_lib.ConfigError(
-      f"--workdir={_WORKDIR.value} is no folder: mount the bucket (gcsfuse for "
-      "gs://) on every host, and name the folder"
-    )
   workdir = pathlib.Path(
     os.path.expanduser(
       _WORKDIR.value or f"runs/{name}-{config.preset or 'default'}"

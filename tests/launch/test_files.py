@@ -54,11 +54,24 @@ def test_the_readme_names_real_commands_and_flags(name):
       assert flag == "dry_run" or re.search(rf"\b{flag}\b", source), flag
 
 
+def spelled_out(command, folder):
+  """Has bash put in what the README says of the flags that trainings share."""
+  lines = re.findall(r"^(?:DATA|STAGE\d)=\(.*\)$", README, re.MULTILINE)
+  assert len(lines) == 3
+  script = "\n".join([f"FOLDER={folder}", *lines, f"printf '%s ' {command}"])
+  return subprocess.run(
+    ["bash", "-euc", script], capture_output=True, text=True, check=True
+  ).stdout.strip()
+
+
 @pytest.mark.parametrize("name", ["tpu.sh", "gke.sh", "slurm.sh"])
 def test_what_the_readme_trains_splits_over_what_it_asks_for(name):
   commands = re.findall(rf"^launch/{name}.*--config=.*", README, re.MULTILINE)
   assert commands
   for command in commands:
+    folder = "/shared/runs" if name == "slurm.sh" else "/mnt/my-bucket"
+    assert folder in README
+    command = spelled_out(command, folder)
     flags, _, training = command.partition(" -- ")
     values = dict(re.findall(r"--(\w+)=(\S+)", flags))
     overrides = dict(re.findall(r"--config\.(\S+?)=(\S+)", training))
@@ -67,7 +80,12 @@ def test_what_the_readme_trains_splits_over_what_it_asks_for(name):
       devices = int(values["nodes"]) * int(values["gpus_per_node"])
     else:
       devices = slices * int(values["accelerator"].rpartition("-")[2])
-    assert "init_from" in overrides
+    # What the preset leaves open.
+    assert "data.path" in overrides
+    if "instruct" in values["config"]:
+      assert {"init_from", "data.conversations"} <= overrides.keys()
+    else:
+      assert overrides.pop("llm_from")  # Of the preset's sizes.
     configs = compile_command.load_configs(values["config"], overrides)
     config_lib.check_devices(configs[""], devices, num_slices=slices)
     assert configs[""].mesh.data % slices == 0

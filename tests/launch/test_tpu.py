@@ -155,6 +155,10 @@ def test_settings_may_come_from_the_environment(dry):
     (("all", *ALL, "--", "--config.init_from=gs://b/x"), "as /mnt/my-bucket"),
     (("all", *ALL, "--config=configs/instrukt.py"), "configs/instrukt.py"),
     (("all", *ALL, "--revision=nowhere"), "--revision='nowhere'"),
+    (("all", "--dry_run", *ALL, "--revision=nowhere"), "--revision='nowhere'"),
+    (("all", *ALL, "--config.mesh.fsdp=2"), "put it behind --"),
+    (("all", *ALL, "--", "--workdir=/tmp/x"), "'--workdir=/tmp/x'"),
+    (("all", *ALL, "--", "--config.platform=cpu"), "sets --config.platform"),
     (("all", *ALL, "--max_restarts=-1"), "--max_restarts='-1'"),
     (("all", *ALL, "--backoff_seconds=08"), "--backoff_seconds='08'"),
   ],
@@ -166,6 +170,17 @@ def test_a_bad_setting_is_one_line_and_status_2(place, arguments, says):
   [line] = ended.stderr.splitlines()
   assert line.startswith("error: ")
   assert says in line
+  assert place.calls == []
+
+
+@pytest.mark.parametrize("dry_run", [(), ("--dry_run",)])
+def test_a_config_that_is_not_copied(place, dry_run):
+  """What is copied is a commit."""
+  (place.root / "configs" / "mine.py").write_text("")
+  bad = "--config=configs/mine.py:paper"
+  ended = place.run("tpu.sh", "all", *dry_run, *ALL, bad)
+  assert ended.returncode == 2
+  assert "configs/mine.py is not in HEAD" in ended.stderr
   assert place.calls == []
 
 

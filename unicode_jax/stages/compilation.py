@@ -15,7 +15,7 @@ from unicode_jax.stages import programs
 
 _SHOWN = 8  # Collectives in the text of a report.
 # Sizes that `search` tries.
-_DATA, _TENSOR, _MICROBATCHES = (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8)
+_DATA, _TENSOR, _MICROBATCHES = (1, 2, 4), (1, 2, 4, 8), (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,22 +255,26 @@ def meshes(
 ) -> Iterator[dict[str, int]]:
   """Yields the meshes that `--search` tries, as values of `config.mesh`.
 
-  With several slices, `data` lies over all of them: `fsdp` over slices is not
-  tried.
+  The config's own is the first. With several slices, `data` lies over all of
+  the others: `fsdp` over slices is not tried.
   """
+  tries = [config_lib.fill_mesh(config.mesh, num_devices)]
   for tensor in _TENSOR:
     for data in (num_slices * times for times in _DATA):
-      fsdp, rest = divmod(num_devices, tensor * data)
-      if rest or not fsdp:
-        continue
-      sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-      try:
-        config_lib.check_devices(
-          _with_mesh(config, sizes, 1), num_devices, num_slices=num_slices
-        )
-      except config_lib.ConfigError:
-        continue
-      yield sizes
+      sizes = {"data": data, "fsdp": -1, "tensor": tensor}
+      sizes = config_lib.fill_mesh(sizes, num_devices)
+      if sizes["fsdp"] and sizes not in tries:
+        tries.append(sizes)
+  for sizes in tries:
+    try:
+      config_lib.check_devices(
+        _with_mesh(config, sizes, config.microbatches),
+        num_devices,
+        num_slices=num_slices,
+      )
+    except config_lib.ConfigError:
+      continue
+    yield sizes
 
 
 def _with_mesh(config, sizes: Mapping[str, int], microbatches: int):
@@ -307,21 +311,25 @@ def compile_config(config, devices, *, decode: bool) -> Iterator[Report]:
     yield compile_program(program, mesh, config.microbatches)
 
 
-def search(config, devices) -> list[list[Report]]:
+def search(config, devices) -> list[Sequence[Report]]:
   """Compiles the train steps on every sensible mesh.
 
-  A mesh on which they do not fit is tried again with more microbatches.
+  A mesh on which they do not fit is tried again with more microbatches than the
+  config's, up to 16.
 
   Returns:
-    Reports of each mesh, the fastest first (where no time is known, what
-    exchanges the least); those that do not fit are last.
+    Reports of each mesh, ranked.
 
   Raises:
     ConfigError: If the batch splits over none of them.
   """
   found = []
-  for sizes in meshes(config, len(devices), sharding.count_slices(devices)):
-    for microbatches in _MICROBATCHES:
+  tries = list(meshes(config, len(devices), sharding.count_slices(devices)))
+  least = config.microbatches
+  parts = [least, *(count for count in _MICROBATCHES if count > least)]
+  for number, sizes in enumerate(tries, 1):
+    print(f"mesh {number} of {len(tries)}:", flush=True)
+    for microbatches in parts:
       tried = _with_mesh(config, sizes, microbatches)
       try:
         config_lib.check_devices(
@@ -330,8 +338,8 @@ def search(config, devices) -> list[list[Report]]:
       except config_lib.ConfigError:
         break
       reports = list(compile_config(tried, devices, decode=False))
-      for line in describe(reports[-1]):
-        print(line, flush=True)
+      for report in reports:
+        print("\n".join(describe(report)), flush=True)
       found.append(reports)
       if all(report.fits for report in reports):
         break
@@ -340,10 +348,21 @@ def search(config, devices) -> list[list[Report]]:
       f"no mesh that is tried splits the batch over {len(devices)} devices: "
       "choose another global_batch_size, or --config.mesh without --search"
     )
+  return rank(found)
+
+
+def rank(found: Sequence[Sequence[Report]]) -> list[Sequence[Report]]:
+  """Sorts the reports of several meshes.
+
+  Returns:
+    The fastest first; then those of which no time is known, what exchanges the
+    least first; those that do not fit are last.
+  """
   return sorted(
     found,
     key=lambda reports: (
       not all(report.fits for report in reports),
+      not all(report.step_seconds for report in reports),
       sum(report.step_seconds for report in reports),
       sum(c[4] for report in reports for c in report.collectives),
     ),
@@ -358,6 +377,8 @@ def rank_line(reports: Sequence[Report]) -> str:
   most = max(r.arguments + r.temporaries + r.outputs for r in reports)
   steps = ", ".join(
     f"{r.program} {r.step_seconds:.4g} s (MFU {100 * r.mfu_bound:.0f} %)"
+    if r.step_seconds
+    else f"{r.program} in a time not known"
     for r in reports
   )
   return f"  {mesh}: {steps}, {_size(most)}"
