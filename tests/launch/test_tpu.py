@@ -157,7 +157,7 @@ def test_settings_may_come_from_the_environment(dry):
     (("all", *ALL, "--revision=nowhere"), "--revision='nowhere'"),
     (("all", "--dry_run", *ALL, "--revision=nowhere"), "--revision='nowhere'"),
     (("all", *ALL, "--config.mesh.fsdp=2"), "put it behind --"),
-    (("all", *ALL, "--", "--workdir=/tmp/x"), "'--workdir=/tmp/x'"),
+    (("all", *ALL, "--", "--workdir=elsewhere"), "'--workdir=elsewhere'"),
     (("all", *ALL, "--", "--config.platform=cpu"), "sets --config.platform"),
     (("all", *ALL, "--max_restarts=-1"), "--max_restarts='-1'"),
     (("all", *ALL, "--backoff_seconds=08"), "--backoff_seconds='08'"),
