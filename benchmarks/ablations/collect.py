@@ -53,14 +53,17 @@ def _rows(run: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _unity(run: pathlib.Path) -> dict[str, float]:
-  """Returns drift and code agreement: late between two syncs, at the end."""
+  """Returns drift and code agreement: before the last snap, at the end.
+
+  Before is the last line of metrics that is of images and not of the end.
+  """
   steps = json.loads((run / "config.json").read_text())["num_steps"]
   found = {}
   for row in _rows(run):
     if row["step"] < steps and "code_agreement" in row:
-      found["step between syncs"] = row["step"]
+      found["step before the snap"] = row["step"]
       for name in ("drift", "code_agreement"):
-        found[f"{name} between syncs"] = row[name]
+        found[f"{name} before the snap"] = row[name]
     if f"eval/{HELD_OUT}/code_agreement" in row and row["step"] >= steps:
       found["code_agreement at the end"] = row[
         f"eval/{HELD_OUT}/code_agreement"

@@ -48,8 +48,8 @@ _STAGE1 = (
     "data.weights": (0.2, 0.8),
     "tokenizer.channels": 64,
     "num_steps": 450,
-    # The last line with images before the last snap is between two syncs, and
-    # before the last write-back of `dual`: step 390.
+    # The last line with images before the last snap, step 420, is between two
+    # syncs. `dual` has written back at step 400.
     "log_every": 30,
     "schedule.finetune_steps": 50,
   }

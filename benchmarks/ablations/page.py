@@ -89,10 +89,12 @@ STAGE_ONE = (
   ),
   _percent("reconstructed right, %", "judged/reconstructed/both"),
   Metric("text perplexity before stage II", "text/before stage II", log=True),
-  Metric("drift between syncs", "drift between syncs", 1.0, 3, pooled=False),
   Metric(
-    "agreement between syncs, %",
-    "code_agreement between syncs",
+    "drift before the snap", "drift before the snap", 1.0, 3, pooled=False
+  ),
+  Metric(
+    "agreement before the snap, %",
+    "code_agreement before the snap",
     *(100.0, 0),
     pooled=False,
   ),
