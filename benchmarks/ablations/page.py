@@ -486,7 +486,7 @@ def cost(results, rows) -> list[str]:
 
 
 def plot(results, family: str, target: pathlib.Path) -> None:
-  """Draws every run of a family as a point, and the means."""
+  """Draws every run of a family as a point, and means as the tables have."""
   rows = [row for row in grid.FAMILIES[family].rows if results[row]]
   figure, axes = plt.subplots(
     1,
@@ -495,16 +495,18 @@ def plot(results, family: str, target: pathlib.Path) -> None:
     sharey=True,
   )
   for axis, metric in zip(axes, COMPARED, strict=True):
-    table = Table(results, metric)
+    table, middle = Table(results, metric), np.mean
+    if metric.log:
+      middle = stats.gmean
     for place, row in enumerate(rows):
       points = table.points(row)
       if not points:
         continue
       color = "black" if row == BASE else "tab:blue"
       axis.plot(points, [place] * len(points), "o", color=color, alpha=0.45)
-      axis.plot([np.mean(points)], [place], "|", color=color, markersize=16)
+      axis.plot([middle(points)], [place], "|", color=color, markersize=16)
     if base := table.points(BASE):
-      axis.axvline(np.mean(base), color="grey", linewidth=0.6)
+      axis.axvline(middle(base), color="grey", linewidth=0.6)
     if metric.log:
       axis.set_xscale("log")
       least, most = axis.get_xlim()
@@ -518,10 +520,13 @@ def plot(results, family: str, target: pathlib.Path) -> None:
     axis.set_title(metric.title, fontsize=9)
     axis.tick_params(labelsize=8)
   axes[0].set_yticks(range(len(rows)), [grid.ROWS[row].title for row in rows])
-  axes[0].invert_yaxis()
+  axes[0].set_ylim(len(rows) - 0.5, -0.5)
   figure.tight_layout()
   target.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(target, dpi=80, metadata={"Software": None})
+  # Tight: the longest titles of rows are wider than the layout leaves them.
+  figure.savefig(
+    target, dpi=80, bbox_inches="tight", metadata={"Software": None}
+  )
   plt.close(figure)
 
 
@@ -563,13 +568,13 @@ def plot_nats(results, found, target: pathlib.Path) -> str:
   # The others lie around the base row.
   named = {*grid.FAMILIES["quantizer"].rows, *grid.FAMILIES["space"].rows}
   named |= {"projected"}
-  figure, axis = plt.subplots(figsize=(9.0, 5.4))
+  figure, axis = plt.subplots(figsize=(10.0, 6.6))
   above = True
   for row, (nats, right) in sorted(points.items(), key=lambda item: item[1][0]):
     color = "black" if row == BASE else "tab:blue"
     axis.plot([nats], [right], "o", color=color, alpha=0.6)
     if row in named:
-      place = {"xytext": (4, 3) if above else (-4, -8), **_POINTS}
+      place = {"xytext": (4, 3) if above else (-5, -9), **_POINTS}
       side = "left" if above else "right"
       axis.annotate(row, (nats, right), fontsize=7, ha=side, **place)
       above = not above  # Rows of like cost lie beside each other.
