@@ -1,6 +1,6 @@
 r"""Fills the grid of the ablations: trains, evaluates and keeps what came out.
 
-  python benchmarks/ablations/run.py --hours=8
+  python benchmarks/ablations/run.py --hours=10
 
 The runs go to --workdir; runs that rows have in common are trained once. Each
 row and seed leaves one small file in --results, which is all that
