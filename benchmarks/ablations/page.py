@@ -18,7 +18,7 @@ import grid
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import ticker
+from matplotlib import ticker, transforms
 import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
@@ -542,6 +542,32 @@ def picture_nats(entry) -> float | None:
   return values["drawing, held out"] * values["codes of a picture"]
 
 
+_CORNERS = (
+  (4, 3, "left"),
+  (-5, -9, "right"),
+  (-5, 3, "right"),
+  (4, -9, "left"),
+)
+
+
+def _label(axis, points) -> None:
+  """Writes each point's name at its first corner free of names and points."""
+  taken = [
+    transforms.Bbox.from_bounds(*(axis.transData.transform(point) - 2), 4, 4)
+    for point in points.values()
+  ]
+  for row, point in sorted(points.items(), key=lambda item: item[1][0]):
+    note = None
+    for x, y, side in _CORNERS:
+      if note is not None:
+        note.remove()
+      place = {"xytext": (x, y), "ha": side, "fontsize": 7, **_POINTS}
+      note = axis.annotate(row, point, **place)
+      if not note.get_window_extent().count_overlaps(taken):
+        break
+    taken.append(note.get_window_extent())
+
+
 def plot_nats(results, found, target: pathlib.Path) -> str:
   """Draws what a picture costs the language model against what it draws.
 
@@ -569,22 +595,17 @@ def plot_nats(results, found, target: pathlib.Path) -> str:
   named = {*grid.FAMILIES["quantizer"].rows, *grid.FAMILIES["space"].rows}
   named |= {"projected"}
   figure, axis = plt.subplots(figsize=(10.0, 6.6))
-  above = True
-  for row, (nats, right) in sorted(points.items(), key=lambda item: item[1][0]):
+  axis.set_xscale("log")
+  for row, (nats, right) in points.items():
     color = "black" if row == BASE else "tab:blue"
     axis.plot([nats], [right], "o", color=color, alpha=0.6)
-    if row in named:
-      place = {"xytext": (4, 3) if above else (-5, -9), **_POINTS}
-      side = "left" if above else "right"
-      axis.annotate(row, (nats, right), fontsize=7, ha=side, **place)
-      above = not above  # Rows of like cost lie beside each other.
-  axis.set_xscale("log")
   axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
   axis.xaxis.set_major_formatter(ticker.ScalarFormatter())
   axis.xaxis.set_minor_locator(ticker.NullLocator())
   axis.set_xlabel("nats of a held-out picture, given its caption")
   axis.set_ylabel(DRAWING[0].title)
   figure.tight_layout()
+  _label(axis, {row: point for row, point in points.items() if row in named})
   figure.savefig(target, dpi=80, metadata={"Software": None})
   plt.close(figure)
   rank = stats.spearmanr(*np.transpose(list(points.values())))
