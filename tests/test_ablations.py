@@ -86,6 +86,35 @@ def test_a_result_counts_for_its_values_alone(parts, args, monkeypatch):
   assert len(tasks) == len(links) + 1  # And the evaluation.
 
 
+@pytest.mark.parametrize(
+  "flags",
+  [
+    ("--hours=0",),
+    ("--hours=nan",),
+    ("--jobs=0",),
+    ("--seeds", "4", "-1"),
+    ("--smollm2={tmp}",),
+    ("--workdir={tmp}/file/x",),
+    ("--results={tmp}/file",),
+  ],
+)
+def test_what_no_run_can_start_with(
+  parts, tmp_path, monkeypatch, capsys, flags
+):
+  (tmp_path / "file").write_text("mine")
+  flags = [flag.format(tmp=tmp_path) for flag in flags]
+  folders = [f"--workdir={tmp_path}/w", f"--results={tmp_path}/r"]
+  monkeypatch.setattr("sys.argv", ["run.py", *folders, *flags])
+  monkeypatch.setattr(parts.run, "run", lambda *_: pytest.fail("it started"))
+  with pytest.raises(SystemExit) as stopped:
+    parts.run.main()
+  assert stopped.value.code == 2
+  message = capsys.readouterr().err.splitlines()[-1]
+  name, _, value = flags[0].partition("=")
+  assert f"error: {name}" in message and (value or flags[-1]) in message
+  assert (tmp_path / "file").read_text() == "mine"
+
+
 def made_up(values):
   """Makes results of rows {name: one value a seed}."""
   return {

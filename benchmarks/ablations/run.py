@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import platform
@@ -28,6 +29,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import collect
@@ -288,8 +290,37 @@ def run(tasks: dict[str, Task], args) -> list[str]:
     while any(job.ended() is None for job in running):
       time.sleep(0.1)
   if waiting:
-    print(f"{len(waiting)} tasks did not fit: the same command goes on")
+    print(
+      f"{len(waiting)} tasks did not fit into {args.hours:g} hours: the same "
+      "command goes on, or give more --hours"
+    )
   return failed
+
+
+def check(parser: argparse.ArgumentParser, args) -> None:
+  """Refuses what no run could start with, before the first one starts."""
+  if not 0 < args.hours < math.inf:
+    parser.error(f"--hours={args.hours:g}: give more than 0")
+  if args.jobs < 1:
+    parser.error(f"--jobs={args.jobs}: give 1 or more")
+  for seed in args.seeds:
+    if seed < 0:
+      parser.error(f"--seeds {seed}: give 0 or more")
+  if args.smollm2 and not (args.smollm2 / "config.json").is_file():
+    parser.error(
+      f"--smollm2={args.smollm2}: there is no config.json; import SmolLM2 "
+      "with python -m unicode_jax.convert (README.md) and name its --out"
+    )
+  for name in "workdir", "results":
+    folder = getattr(args, name)
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryFile(dir=folder):
+        pass
+    except OSError as error:
+      parser.error(
+        f"--{name}={folder}: {error.strerror}; name a folder to write to"
+      )
 
 
 def main() -> None:
@@ -301,10 +332,11 @@ def main() -> None:
   parser.add_argument("--results", type=pathlib.Path, default=collect.RESULTS)
   parser.add_argument("--rows", nargs="+", choices=grid.ROWS, metavar="ROW")
   parser.add_argument("--seeds", nargs="+", type=int, default=grid.SEEDS)
-  parser.add_argument("--hours", type=float, default=8.0)
+  parser.add_argument("--hours", type=float, default=10.0)
   parser.add_argument("--jobs", type=int, default=os.cpu_count())
   parser.add_argument("--smollm2", type=pathlib.Path)
   args = parser.parse_args()
+  check(parser, args)
   args.workdir = args.workdir.resolve()
   args.llm = {grid.SMOLLM2: args.smollm2 and args.smollm2.resolve()}
   rows = args.rows or list(grid.ROWS)
