@@ -557,15 +557,13 @@ def _label(axis, points) -> None:
     for point in points.values()
   ]
   for row, point in sorted(points.items(), key=lambda item: item[1][0]):
-    note = None
+    note = axis.annotate(row, point, (0, 0), fontsize=7, **_POINTS)
     for x, y, side in _CORNERS:
-      if note is not None:
-        note.remove()
-      place = {"xytext": (x, y), "ha": side, "fontsize": 7, **_POINTS}
-      note = axis.annotate(row, point, **place)
-      if not note.get_window_extent().count_overlaps(taken):
+      note.set(position=(x, y), ha=side)
+      box = note.get_window_extent()
+      if not box.count_overlaps(taken):
         break
-    taken.append(note.get_window_extent())
+    taken.append(box)
 
 
 def plot_nats(results, found, target: pathlib.Path) -> str:

@@ -35,6 +35,8 @@ import time
 import collect
 import grid
 
+from unicode_jax import config as config_lib
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SUITES = "reconstruction,generation,vqa,pope,text,decompression"
 # Pictures of the test set that are evaluated: about ten questions each.
@@ -157,7 +159,6 @@ class Running:
       # Rows and seeds have many programs in common.
       "JAX_COMPILATION_CACHE_DIR": str((workdir / "compiled").resolve()),
     }
-    workdir.mkdir(parents=True, exist_ok=True)
     with on_cores({core}), (workdir / f"{task.key}.log").open("ab") as log:
       self._process = subprocess.Popen(
         [sys.executable, *task.command],
@@ -298,19 +299,23 @@ def run(tasks: dict[str, Task], args) -> list[str]:
 
 
 def check(parser: argparse.ArgumentParser, args) -> None:
-  """Refuses what no run could start with, before the first one starts."""
+  """Refuses what no run could start with; makes --workdir and --results."""
   if not 0 < args.hours < math.inf:
-    parser.error(f"--hours={args.hours:g}: give more than 0")
+    parser.error(f"--hours={args.hours:g}: give a number above 0")
   if args.jobs < 1:
     parser.error(f"--jobs={args.jobs}: give 1 or more")
   for seed in args.seeds:
     if seed < 0:
       parser.error(f"--seeds {seed}: give 0 or more")
-  if args.smollm2 and not (args.smollm2 / "config.json").is_file():
-    parser.error(
-      f"--smollm2={args.smollm2}: there is no config.json; import SmolLM2 "
-      "with python -m unicode_jax.convert (README.md) and name its --out"
-    )
+  if args.smollm2:
+    try:
+      config_lib.read_run(
+        args.smollm2,
+        "import SmolLM2 with python -m unicode_jax.convert (README.md) and "
+        "name its --out",
+      )
+    except config_lib.ConfigError as error:
+      parser.error(f"--smollm2={args.smollm2}: {error}")
   for name in "workdir", "results":
     folder = getattr(args, name)
     try:
